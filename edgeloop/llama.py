@@ -1,0 +1,171 @@
+"""`Llama`: llama_cpp.Llama with a loop that can be changed at any time without reloading weights."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from contextlib import contextmanager
+from typing import Any, Iterator
+
+import llama_cpp
+from llama_cpp.llama_cache import BaseLlamaCache
+
+from edgeloop import log, native
+from edgeloop.errors import LoopError, ModelError
+from edgeloop.loop import OFF, Loop
+
+GGUF_MAGIC = b"GGUF"
+
+
+class Llama(llama_cpp.Llama):
+    """A `llama_cpp.Llama` whose spans of layers may be applied more than once.
+
+    Args:
+        model_path: a GGUF file.
+        loop: a loop spec such as "12-20x3" (see edgeloop.loop), "off", or a Loop.
+        **kwargs: everything that `llama_cpp.Llama` takes. `verbose` is False by default.
+
+    Raises:
+        ModelError: the file is missing, truncated or not a GGUF model.
+        LoopError: the spec is wrong or the model cannot be looped.
+
+    With loop="off" it gives the tokens of `llama_cpp.Llama`. Not thread-safe, as its base; several of them are independent.
+    """
+
+    def __init__(self, model_path: str, *, loop: str | Loop | None = "off", verbose: bool = False, **kwargs: Any):
+        wanted = Loop.parse(loop)
+        check_model_file(model_path)
+        self._loop = OFF
+        with log.collect_errors() as errors:
+            try:
+                super().__init__(os.fspath(model_path), verbose=verbose, **kwargs)
+            except ValueError as error:
+                raise ModelError(f"{model_path}: {errors[-1] if errors else error}") from error
+        self.loop = wanted
+
+    @property
+    def n_layer(self) -> int:
+        """The number of layers of the model."""
+        return llama_cpp.llama_model_n_layer(self.model)
+
+    @property
+    def loop(self) -> Loop:
+        """The loop that is set, in layers of this model. Assign a spec, a Loop or None to change it.
+
+        A change forgets the evaluated prompt: keys and values made under one loop are never used under another.
+        """
+        return self._loop
+
+    @loop.setter
+    def loop(self, spec: str | Loop | None) -> None:
+        loop = Loop.parse(spec).resolve(self.n_layer)
+        if loop == self._loop:
+            return
+        spans = [native.NativeSpan(s.first, s.last, m) for s, m in zip(loop.spans, loop.mixes())]
+        try:
+            native.set_loop(self.ctx, spans, loop.unit, loop.kv)
+        except native.NativeLoopError as error:
+            raise LoopError(str(error)) from error
+        self._loop = loop
+        self.reset()
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.ctx), False)
+
+    @contextmanager
+    def looped(self, spec: str | Loop | None) -> Iterator[Llama]:
+        """`with llm.looped("12-20x4"):` sets a loop and puts the old one back at the end."""
+        before = self._loop
+        self.loop = spec
+        try:
+            yield self
+        finally:
+            self.loop = before
+
+    def loop_kv_size(self) -> int:
+        """Bytes of keys and values that the loop holds beyond the plain model's; 0 unless kv=own."""
+        return native.loop_kv_size(self.ctx)
+
+    def create_completion(self, *args: Any, loop: str | Loop | None = None, **kwargs: Any):
+        """`llama_cpp.Llama.create_completion`, under `loop` if one is given."""
+        return self._under(loop, super().create_completion, args, kwargs)
+
+    def create_chat_completion(self, *args: Any, loop: str | Loop | None = None, **kwargs: Any):
+        """`llama_cpp.Llama.create_chat_completion`, under `loop` if one is given."""
+        return self._under(loop, super().create_chat_completion, args, kwargs)
+
+    def __call__(self, *args: Any, loop: str | Loop | None = None, **kwargs: Any):
+        """`create_completion`."""
+        return self.create_completion(*args, loop=loop, **kwargs)
+
+    def _under(self, spec: str | Loop | None, create, args, kwargs):
+        if spec is None:
+            return create(*args, **kwargs)
+        loop = Loop.parse(spec).resolve(self.n_layer)  # a wrong spec fails here, not at the first token
+        if kwargs.get("stream"):
+            return self._stream_under(loop, create, args, kwargs)
+        with self.looped(loop):
+            return create(*args, **kwargs)
+
+    def _stream_under(self, loop: Loop, create, args, kwargs):
+        with self.looped(loop):
+            yield from create(*args, **kwargs)
+
+    def set_cache(self, cache: BaseLlamaCache | None) -> None:
+        """A cache of states; one that was made under another loop is not found."""
+        super().set_cache(cache if cache is None else _LoopCache(cache, self))
+
+    def save_state(self):
+        state = super().save_state()
+        state.loop = str(self._loop)
+        return state
+
+    def load_state(self, state) -> None:
+        """Raises LoopError when the state was saved under another loop."""
+        saved = getattr(state, "loop", "off")
+        if saved != str(self._loop):
+            raise LoopError(f"the state was saved with loop '{saved}', this model has '{self._loop}'; set that loop first")
+        super().load_state(state)
+
+
+class _LoopCache(BaseLlamaCache):
+    """A cache whose keys begin with the loop, so that no prefix is shared between loops."""
+
+    def __init__(self, cache: BaseLlamaCache, llama: Llama):
+        self._cache = cache
+        self._llama = llama
+
+    @property
+    def cache_size(self) -> int:
+        return self._cache.cache_size
+
+    def _key(self, tokens) -> tuple[int, ...]:
+        # no token is negative; a checksum stays the same from process to process, for caches on disk
+        return (-1 - zlib.crc32(str(self._llama.loop).encode()), *tokens)
+
+    def __getitem__(self, key):
+        state = self._cache[self._key(key)]
+        if getattr(state, "loop", "off") != str(self._llama.loop):
+            raise KeyError("Key not found")
+        return state
+
+    def __contains__(self, key) -> bool:
+        try:
+            self[key]
+        except KeyError:
+            return False
+        return True
+
+    def __setitem__(self, key, value) -> None:
+        self._cache[self._key(key)] = value
+
+
+def check_model_file(path: str | os.PathLike) -> None:
+    """Raises ModelError, in one line, for what is not a GGUF file."""
+    try:
+        with open(path, "rb") as f:
+            magic = f.read(len(GGUF_MAGIC))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}") from None
+    if magic != GGUF_MAGIC:
+        raise ModelError(f"{path}: not a GGUF file")

@@ -1,0 +1,87 @@
+"""ctypes for llama-loop.h, over the vendored llama_cpp. Knows loops as numbers only, not as specs."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from llama_cpp.llama_cpp import _lib as lib
+
+UNITS = {"block": 0, "layer": 1}
+KV_MODES = {"frozen": 0, "own": 1, "first": 2, "last": 3}
+
+
+class NativeLoopError(Exception):
+    """llama_set_loop refused; `code` is the llama_loop_error."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+class llama_loop_span(ctypes.Structure):
+    _fields_ = [
+        ("first", ctypes.c_int32),
+        ("last", ctypes.c_int32),
+        ("n_passes", ctypes.c_int32),
+        ("mix", ctypes.POINTER(ctypes.c_float)),
+    ]
+
+
+class llama_loop_params(ctypes.Structure):
+    _fields_ = [
+        ("spans", ctypes.POINTER(llama_loop_span)),
+        ("n_spans", ctypes.c_int32),
+        ("unit", ctypes.c_int),
+        ("kv", ctypes.c_int),
+    ]
+
+
+lib.llama_set_loop.argtypes = [ctypes.c_void_p, ctypes.POINTER(llama_loop_params)]
+lib.llama_set_loop.restype = ctypes.c_int32
+lib.llama_get_loop.argtypes = [ctypes.c_void_p]
+lib.llama_get_loop.restype = ctypes.POINTER(llama_loop_params)
+lib.llama_loop_kv_size.argtypes = [ctypes.c_void_p]
+lib.llama_loop_kv_size.restype = ctypes.c_size_t
+lib.llama_loop_last_error.argtypes = []
+lib.llama_loop_last_error.restype = ctypes.c_char_p
+
+
+@dataclass(frozen=True)
+class NativeSpan:
+    first: int
+    last: int
+    mix: list[list[float]]  # lower-triangular rows, row i with i + 1 entries
+
+
+def set_loop(ctx: int, spans: list[NativeSpan], unit: str = "block", kv: str = "frozen") -> bool:
+    """Set the loop of a llama_context; no spans turn it off.
+
+    Returns True when room for more K/V had to be made and the context's memory was cleared.
+    Raises NativeLoopError, after which the old loop is still set.
+    """
+    if not spans:
+        return _check(lib.llama_set_loop(ctx, None))
+    array = (llama_loop_span * len(spans))()
+    keep = []
+    for c_span, span in zip(array, spans):
+        passes = len(span.mix)
+        mix = (ctypes.c_float * (passes * passes))()
+        for i, row in enumerate(span.mix):
+            mix[i * passes : i * passes + len(row)] = row
+        keep.append(mix)
+        c_span.first, c_span.last, c_span.n_passes = span.first, span.last, passes
+        c_span.mix = ctypes.cast(mix, ctypes.POINTER(ctypes.c_float))
+    params = llama_loop_params(array, len(spans), UNITS[unit], KV_MODES[kv])
+    return _check(lib.llama_set_loop(ctx, ctypes.byref(params)))
+
+
+def _check(code: int) -> bool:
+    if code < 0:
+        raise NativeLoopError(lib.llama_loop_last_error().decode("utf-8", "replace"), code)
+    return code > 0
+
+
+def loop_kv_size(ctx: int) -> int:
+    """Bytes of K/V that the loop holds beyond the plain model's."""
+    return lib.llama_loop_kv_size(ctx)

@@ -1,0 +1,155 @@
+// Graph building: which layer comes next, and the state it gets.
+
+#include "llama-graph.h"
+#include "llama-memory.h"
+
+#include <cmath>
+
+// a coefficient below this is what is left of two that cancel in float arithmetic
+static constexpr double LOOP_COEF_EPS = 1e-6;
+
+using loop_terms = std::vector<std::pair<ggml_tensor *, double>>;
+
+static void loop_term_add(loop_terms & terms, ggml_tensor * t, double coef) {
+    for (auto & term : terms) {
+        if (term.first == t) {
+            term.second += coef;
+            return;
+        }
+    }
+    terms.emplace_back(t, coef);
+}
+
+static void loop_terms_clean(loop_terms & terms) {
+    loop_terms res;
+    for (const auto & term : terms) {
+        if (std::fabs(term.second) > LOOP_COEF_EPS) {
+            res.push_back(term);
+        }
+    }
+    terms = std::move(res);
+}
+
+int llm_graph_context::loop_begin(ggml_tensor *& inpL) {
+    loop         = {};
+    loop.n_layer = n_layer;
+    loop.il      = -1;
+
+    return loop_next(inpL);
+}
+
+int llm_graph_context::loop_next(ggml_tensor *& inpL) {
+    const llama_loop * lp = cparams.loop.get();
+
+    if (!lp) {
+        return ++loop.il;
+    }
+
+    const bool in_block = loop.i_block < lp->blocks.size() && loop.il >= lp->blocks[loop.i_block].first;
+
+    if (in_block && loop.il == lp->blocks[loop.i_block].last) {
+        const auto & block = lp->blocks[loop.i_block];
+
+        // the next pass may overwrite the K/V that this one attends to, so this one goes first even if nothing depends on it
+        ggml_build_forward_expand(gf, inpL);
+
+        loop.g.push_back(inpL);
+        inpL = loop_mix(block);
+
+        loop.il = loop.pass.i + 1 < block.n_passes ? block.first : block.last + 1;
+
+        if (loop.il == block.first) {
+            loop.x.push_back(inpL);
+            loop.pass.i++;
+        } else {
+            if (mctx) {
+                mctx->loop_finish(ctx0, gf);
+            }
+            loop.i_block++;
+            loop.pass = {};
+            loop.x.clear();
+            loop.g.clear();
+        }
+    } else {
+        loop.il++;
+    }
+
+    if (loop.i_block < lp->blocks.size() && loop.il == lp->blocks[loop.i_block].first && loop.pass.i == 0) {
+        loop.pass = { 0, lp->blocks[loop.i_block].kv, true };
+        loop.x    = { inpL };
+    }
+
+    if (mctx) {
+        mctx->loop_select(loop.pass);
+    }
+
+    // builders drop the rows that have no output in layer n_layer - 1; a pass that another one follows needs them all
+    const bool more = loop.pass.is_looped && loop.pass.i + 1 < lp->blocks[loop.i_block].n_passes;
+    n_layer = loop.n_layer + (more && loop.il == loop.n_layer - 1 ? 1 : 0);
+
+    if (loop.il < loop.n_layer) {
+        res->n_loop_visits++;
+    }
+
+    return loop.il;
+}
+
+ggml_tensor * llm_graph_context::loop_mix(const llama_loop_block & block) {
+    const int32_t i = loop.pass.i;
+
+    // two ways to write the same state: from x[0], or as a step from x[i]. states that cancel drop out; take the shorter sum
+    loop_terms terms;
+    loop_terms step;
+
+    loop_term_add(terms, loop.x[0], 1.0);
+    loop_term_add(step,  loop.x[i], 1.0);
+
+    for (int32_t j = 0; j <= i; ++j) {
+        const double m  = block.m(i, j);
+        const double dm = m - (j < i ? block.m(i - 1, j) : 0.0);
+
+        loop_term_add(terms, loop.g[j],  m);
+        loop_term_add(terms, loop.x[j], -m);
+        loop_term_add(step,  loop.g[j],  dm);
+        loop_term_add(step,  loop.x[j], -dm);
+    }
+
+    loop_terms_clean(terms);
+    loop_terms_clean(step);
+
+    if (step.size() < terms.size()) {
+        terms = std::move(step);
+    }
+
+    // the last layer of the model may have kept the rows with outputs only
+    const int64_t n_rows = loop.g[i]->ne[1];
+
+    ggml_tensor * out_ids = nullptr;
+    if (loop.x[0]->ne[1] != n_rows) {
+        for (const auto & input : res->inputs) {
+            if (const auto * inp = dynamic_cast<const llm_graph_input_out_ids *>(input.get())) {
+                out_ids = inp->out_ids;
+            }
+        }
+        GGML_ASSERT(out_ids && out_ids->ne[0] == n_rows);
+    }
+
+    ggml_tensor * cur = nullptr;
+    for (const auto & [t, coef] : terms) {
+        ggml_tensor * term = t->ne[1] != n_rows ? ggml_get_rows(ctx0, t, out_ids) : t;
+
+        if (std::fabs(coef - 1.0) > LOOP_COEF_EPS) {
+            term = ggml_scale(ctx0, term, (float) coef);
+        }
+        cur = cur ? ggml_add(ctx0, cur, term) : term;
+    }
+    cb(cur, "loop_x", block.last);
+
+    return cur;
+}
+
+void llm_graph_context::loop_forward_kv(ggml_tensor * cur) const {
+    if (loop.pass.computes_kv()) {
+        ggml_build_forward_expand(gf, cur);
+    }
+}

@@ -1,0 +1,122 @@
+#pragma once
+
+// What the engine keeps of a loop. Included by upstream's headers through patches/; knows nothing of specs and solvers.
+
+#include "llama-loop.h"
+
+#include "ggml-cpp.h"
+
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+// one map G that is applied n_passes times: a span, or one layer of it with unit = layer
+struct llama_loop_block {
+    int32_t first;
+    int32_t last;
+    int32_t n_passes;
+
+    llama_loop_kv kv;
+
+    std::vector<float> mix; // [n_passes][n_passes]
+
+    float m(int32_t i, int32_t j) const { return i < 0 ? 0.0f : mix[i*n_passes + j]; }
+};
+
+// immutable; shared by a context and the graphs it built, which are reused while they point to the same loop
+struct llama_loop {
+    int32_t n_layer;
+
+    std::vector<llama_loop_block> blocks; // ascending, disjoint
+
+    // the caller's view, for llama_get_loop()
+    llama_loop_params params;
+    std::vector<llama_loop_span>    spans;
+    std::vector<std::vector<float>> mixes;
+
+    // how many layers are built for one token
+    int32_t n_visits() const;
+
+    // the node budget of a graph, given the plain model's
+    uint32_t n_nodes_max(uint32_t n_nodes_plain) const;
+};
+
+// the pass that the layers being built belong to
+struct llama_loop_pass {
+    int32_t       i  = 0;
+    llama_loop_kv kv = LLAMA_LOOP_KV_FROZEN;
+    bool          is_looped = false;
+
+    // every pass after the first that has K/V of its own to store
+    bool computes_kv() const { return i == 0 || kv != LLAMA_LOOP_KV_FROZEN; }
+};
+
+// where the graph builder stands in the loop
+struct llama_loop_cursor {
+    int32_t n_layer = 0;
+    int32_t il      = 0;
+    size_t  i_block = 0;
+
+    llama_loop_pass pass;
+
+    std::vector<ggml_tensor *> x; // states that entered the passes of this block
+    std::vector<ggml_tensor *> g; // what the passes made of them
+};
+
+// does the graph builder of this architecture go through llm_graph_context::loop_next()?
+enum llama_loop_support {
+    LLAMA_LOOP_SUPPORT_UNKNOWN,
+    LLAMA_LOOP_SUPPORT_YES,
+    LLAMA_LOOP_SUPPORT_NO,
+};
+
+// K/V of one layer in one pass after the first
+struct llama_loop_kv_slot {
+    uint32_t il;
+    int32_t  pass;
+
+    ggml_tensor * k;
+    ggml_tensor * v;
+
+    std::vector<ggml_tensor *> k_stream;
+    std::vector<ggml_tensor *> v_stream;
+};
+
+// the loop's part of a K/V cache
+struct llama_loop_kv_state {
+    llama_loop_pass pass; // selected while a graph is built
+
+    // kv = first: what the first pass stored and the last pass has to put back
+    struct stored {
+        ggml_tensor * cur;
+        ggml_tensor * idxs;
+        int32_t       il;
+    };
+    std::vector<stored> first_k;
+    std::vector<stored> first_v;
+
+    // allocated slots outlive their loop, so that switching it off and on again costs nothing
+    std::vector<llama_loop_kv_slot> slots;
+
+    // allocated by loop_reserve(), taken over or dropped by loop_apply()
+    struct {
+        std::vector<llama_loop_kv_slot> data;
+        std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+    } slots_next;
+
+    std::vector<std::pair<uint32_t, int32_t>> wanted; // (layer, pass) of the loop to apply
+
+    size_t n_layers_plain = 0; // entries of llama_kv_cache::layers that are not slots
+    size_t n_bufs_plain   = 0; // entries of llama_kv_cache::ctxs_bufs that do not hold slots
+
+    std::map<std::pair<int32_t, int32_t>, int32_t> layer_ids; // (layer, pass) -> entry of llama_kv_cache::layers
+
+    const llama_loop_kv_slot * find(uint32_t il, int32_t pass) const;
+
+    // false: the selected pass must not store, it attends to what is there
+    bool store_k(ggml_tensor * k_cur, ggml_tensor * k_idxs, int32_t il) { return store(first_k, k_cur, k_idxs, il); }
+    bool store_v(ggml_tensor * v_cur, ggml_tensor * v_idxs, int32_t il) { return store(first_v, v_cur, v_idxs, il); }
+
+    bool store(std::vector<stored> & dst, ggml_tensor * cur, ggml_tensor * idxs, int32_t il);
+};

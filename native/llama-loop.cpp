@@ -1,0 +1,260 @@
+// The public functions, and llama_context::set_loop().
+
+#include "llama-context.h"
+#include "llama-model.h"
+
+#include <cmath>
+#include <cstring>
+
+static thread_local std::string loop_last_error;
+
+//
+// llama_loop
+//
+
+int32_t llama_loop::n_visits() const {
+    int32_t res = n_layer;
+    for (const auto & block : blocks) {
+        res += (block.n_passes - 1)*(block.last - block.first + 1);
+    }
+    return res;
+}
+
+uint32_t llama_loop::n_nodes_max(uint32_t n_nodes_plain) const {
+    uint64_t res = (uint64_t) n_nodes_plain*n_visits()/n_layer;
+    for (const auto & block : blocks) {
+        // the sum after pass i has at most 2*i + 3 terms of three nodes each
+        res += 3u*block.n_passes*(block.n_passes + 2u);
+    }
+    return res;
+}
+
+// null when the parameters are wrong, error then says why
+static std::shared_ptr<const llama_loop> loop_init(const llama_loop_params & params, int32_t n_layer, std::string & error) {
+    auto res = std::make_shared<llama_loop>();
+
+    res->n_layer = n_layer;
+
+    if (params.n_spans < 1 || params.n_spans > LLAMA_LOOP_MAX_VISITS || !params.spans) {
+        error = format("a loop needs 1 to %d spans, got %d", LLAMA_LOOP_MAX_VISITS, params.spans ? params.n_spans : 0);
+        return nullptr;
+    }
+    if (params.unit != LLAMA_LOOP_UNIT_BLOCK && params.unit != LLAMA_LOOP_UNIT_LAYER) {
+        error = format("unit %d is unknown", (int) params.unit);
+        return nullptr;
+    }
+    if (params.kv < LLAMA_LOOP_KV_FROZEN || params.kv > LLAMA_LOOP_KV_LAST) {
+        error = format("kv mode %d is unknown", (int) params.kv);
+        return nullptr;
+    }
+
+    int32_t n_visits = n_layer;
+    int32_t prev     = -1;
+
+    for (int32_t s = 0; s < params.n_spans; ++s) {
+        const auto & span = params.spans[s];
+
+        if (span.first < 0 || span.last < span.first || span.last >= n_layer) {
+            error = format("span %d..%d is not in the model, which has layers 0..%d", span.first, span.last, n_layer - 1);
+            return nullptr;
+        }
+        if (span.first <= prev) {
+            error = format("span %d..%d starts before the end of the one before it, %d", span.first, span.last, prev);
+            return nullptr;
+        }
+        if (span.n_passes < 1 || span.n_passes > LLAMA_LOOP_MAX_PASSES) {
+            error = format("%d passes asked for, 1 to %d are possible", span.n_passes, LLAMA_LOOP_MAX_PASSES);
+            return nullptr;
+        }
+        // no overflow: every term is below 64 * n_layer, and n_layer is at most LLAMA_MAX_LAYERS
+        n_visits += (span.n_passes - 1)*(span.last - span.first + 1);
+        if (n_visits > LLAMA_LOOP_MAX_VISITS) {
+            error = format("the loop applies more than %d layers to a token", LLAMA_LOOP_MAX_VISITS);
+            return nullptr;
+        }
+        if (!span.mix) {
+            error = format("span %d..%d has no mix", span.first, span.last);
+            return nullptr;
+        }
+
+        std::vector<float> mix(size_t(span.n_passes)*span.n_passes, 0.0f);
+        for (int32_t i = 0; i < span.n_passes; ++i) {
+            for (int32_t j = 0; j <= i; ++j) {
+                const float m = span.mix[i*span.n_passes + j];
+                if (!std::isfinite(m)) {
+                    error = format("span %d..%d: mix[%d][%d] is not a finite number", span.first, span.last, i, j);
+                    return nullptr;
+                }
+                mix[i*span.n_passes + j] = m;
+            }
+        }
+
+        if (params.unit == LLAMA_LOOP_UNIT_BLOCK) {
+            res->blocks.push_back({ span.first, span.last, span.n_passes, params.kv, mix });
+        } else {
+            for (int32_t il = span.first; il <= span.last; ++il) {
+                res->blocks.push_back({ il, il, span.n_passes, params.kv, mix });
+            }
+        }
+
+        res->spans.push_back(span);
+        res->mixes.push_back(std::move(mix));
+
+        prev = span.last;
+    }
+
+    for (size_t s = 0; s < res->spans.size(); ++s) {
+        res->spans[s].mix = res->mixes[s].data();
+    }
+    res->params       = params;
+    res->params.spans = res->spans.data();
+
+    return res;
+}
+
+static bool loop_is_same(const llama_loop * a, const llama_loop * b) {
+    if (!a || !b) {
+        return a == b;
+    }
+    if (a->params.unit != b->params.unit || a->params.kv != b->params.kv || a->mixes != b->mixes) {
+        return false;
+    }
+    for (size_t s = 0; s < a->spans.size(); ++s) {
+        if (a->spans[s].first != b->spans[s].first || a->spans[s].last != b->spans[s].last) {
+            return false;
+        }
+    }
+    return true;
+}
+
+//
+// llama_context
+//
+
+int32_t llama_context::set_loop(std::shared_ptr<const llama_loop> loop, std::string & error) {
+    if (loop_is_same(loop.get(), cparams.loop.get())) {
+        return 0; // keeps the graph
+    }
+
+    // the last graph may still be running on memory that is about to change hands
+    synchronize();
+
+    if (loop) {
+        if (!memory) {
+            error = format("architecture '%s' cannot be looped: it has no K/V cache", model.arch_name().c_str());
+            return LLAMA_LOOP_ERROR_UNSUPPORTED;
+        }
+
+        // build a graph that applies layer 0 twice, to see that this builder follows loop_next()
+        if (loop_support == LLAMA_LOOP_SUPPORT_UNKNOWN) {
+            auto probe = std::make_shared<llama_loop>();
+
+            probe->n_layer = loop->n_layer;
+            probe->blocks  = { { 0, 0, 2, LLAMA_LOOP_KV_FROZEN, { 1.0f, 0.0f, 1.0f, 1.0f } } };
+
+            loop_support = LLAMA_LOOP_SUPPORT_NO;
+
+            if (memory->loop_reserve(probe.get()) == 0) {
+                const auto old = cparams.loop;
+                const auto mctx = memory->init_full();
+
+                cparams.loop = probe;
+                const auto * gf = graph_reserve(cparams.n_seq_max, cparams.n_seq_max, cparams.n_seq_max, mctx.get(), true);
+                cparams.loop = old;
+
+                if (gf && get_gf_res_reserve()->n_loop_visits == probe->n_visits()) {
+                    loop_support = LLAMA_LOOP_SUPPORT_YES;
+                }
+            }
+        }
+
+        if (loop_support == LLAMA_LOOP_SUPPORT_NO) {
+            error = format("architecture '%s' cannot be looped yet: its memory is recurrent or K-only, or its layers are not built one after another",
+                    model.arch_name().c_str());
+            return LLAMA_LOOP_ERROR_UNSUPPORTED;
+        }
+    }
+
+    int32_t res = 0;
+
+    if (memory) {
+        res = memory->loop_reserve(loop.get());
+        memory->loop_apply(res >= 0);
+
+        if (res == LLAMA_LOOP_ERROR_MEMORY) {
+            error = "not enough memory for the K/V of the passes; the old loop is still set. use kv=frozen, a smaller context or fewer passes";
+        } else if (res < 0) {
+            error = format("architecture '%s' cannot be looped", model.arch_name().c_str());
+        }
+        if (res < 0) {
+            return res;
+        }
+        if (res == 1) {
+            memory->clear(true);
+        }
+    }
+
+    cparams.loop = std::move(loop);
+
+    // the next decode reserves again, but only for a loop larger than any before
+    const uint32_t n_tokens = std::min(cparams.n_ctx, cparams.n_ubatch);
+    if (graph_max_nodes(n_tokens) > get_gf_res_reserve()->get_max_nodes()) {
+        sched_need_reserve = true;
+    }
+
+    return res;
+}
+
+//
+// interface implementation
+//
+
+llama_loop_params llama_loop_default_params() {
+    return {
+        /*.spans   =*/ nullptr,
+        /*.n_spans =*/ 0,
+        /*.unit    =*/ LLAMA_LOOP_UNIT_BLOCK,
+        /*.kv      =*/ LLAMA_LOOP_KV_FROZEN,
+    };
+}
+
+int32_t llama_set_loop(llama_context * ctx, const llama_loop_params * params) {
+    loop_last_error.clear();
+
+    if (!ctx) {
+        loop_last_error = "the context is NULL";
+        return LLAMA_LOOP_ERROR_INVALID;
+    }
+
+    std::shared_ptr<const llama_loop> loop;
+
+    if (params) {
+        loop = loop_init(*params, ctx->get_model().hparams.n_layer(), loop_last_error);
+        if (!loop) {
+            return LLAMA_LOOP_ERROR_INVALID;
+        }
+    }
+
+    try {
+        return ctx->set_loop(std::move(loop), loop_last_error);
+    } catch (const std::exception & err) {
+        loop_last_error = err.what();
+        return LLAMA_LOOP_ERROR_MEMORY;
+    }
+}
+
+const llama_loop_params * llama_get_loop(const llama_context * ctx) {
+    const auto & loop = ctx->get_cparams().loop;
+
+    return loop ? &loop->params : nullptr;
+}
+
+size_t llama_loop_kv_size(const llama_context * ctx) {
+    const auto * memory = ctx->get_memory();
+
+    return memory ? memory->loop_kv_size() : 0;
+}
+
+const char * llama_loop_last_error() {
+    return loop_last_error.c_str();
+}

@@ -1,0 +1,85 @@
+#ifndef LLAMA_LOOP_H
+#define LLAMA_LOOP_H
+
+#include "llama.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+//
+// Looping: apply spans of layers more than once, damped, without a second copy of the weights.
+//
+// With x[0] the residual stream that enters a span and G one pass over its layers, the passes i = 0..n_passes-1 compute
+//
+//     x[i+1] = x[0] + sum over j <= i of mix[i][j] * (G(x[j]) - x[j])
+//
+// and x[n_passes] enters the layer after the span. All ones is plain repetition; all 1/n_passes is n_passes Euler steps.
+//
+
+#define LLAMA_LOOP_MAX_PASSES 64  // passes of one span
+#define LLAMA_LOOP_MAX_VISITS 512 // layers applied for one token, repeated ones counted each time
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+    // returned by llama_set_loop(); llama_loop_last_error() has the sentence
+    enum llama_loop_error {
+        LLAMA_LOOP_ERROR_INVALID     = -1, // the parameters are wrong, or do not fit the model
+        LLAMA_LOOP_ERROR_UNSUPPORTED = -2, // this architecture cannot be looped
+        LLAMA_LOOP_ERROR_MEMORY      = -3, // no memory for the K/V of the passes
+    };
+
+    // what one pass applies
+    enum llama_loop_unit {
+        LLAMA_LOOP_UNIT_BLOCK = 0, // the whole span
+        LLAMA_LOOP_UNIT_LAYER = 1, // each layer makes all its passes before the next layer
+    };
+
+    // the keys and values that the passes after the first attend to, and those kept for later tokens
+    enum llama_loop_kv {
+        LLAMA_LOOP_KV_FROZEN = 0, // the first pass's; keeps them; computes no others
+        LLAMA_LOOP_KV_OWN    = 1, // each pass its own; keeps all; needs (n_passes - 1) times the span's K/V
+        LLAMA_LOOP_KV_FIRST  = 2, // this batch's of the same pass, older tokens' first; keeps the first pass's
+        LLAMA_LOOP_KV_LAST   = 3, // this batch's of the same pass, older tokens' last; keeps the last pass's
+    };
+
+    struct llama_loop_span {
+        int32_t first;    // layers, both inclusive, 0-based
+        int32_t last;
+        int32_t n_passes; // in total; 1 is the plain model
+
+        const float * mix; // [n_passes][n_passes], row-major; entries above the diagonal are not read
+    };
+
+    struct llama_loop_params {
+        const struct llama_loop_span * spans; // ascending, disjoint
+
+        int32_t n_spans;
+
+        enum llama_loop_unit unit;
+        enum llama_loop_kv   kv;
+    };
+
+    // No spans, unit = block, kv = frozen.
+    LLAMA_API struct llama_loop_params llama_loop_default_params(void);
+
+    // Set the loop of a context; NULL turns it off. May be called between any two decodes; the parameters are copied.
+    // Returns 0, or 1 when room for more K/V had to be made and the memory was cleared, or a negative llama_loop_error
+    // after which the old loop is still set. Otherwise the K/V made under the old loop stays and is the caller's to keep or clear.
+    LLAMA_API int32_t llama_set_loop(struct llama_context * ctx, const struct llama_loop_params * params);
+
+    // The loop of a context, or NULL when it is off. Owned by the context, valid until the next llama_set_loop().
+    LLAMA_API const struct llama_loop_params * llama_get_loop(const struct llama_context * ctx);
+
+    // Bytes of K/V that the loop holds beyond the plain model's. 0 unless kv = own.
+    LLAMA_API size_t llama_loop_kv_size(const struct llama_context * ctx);
+
+    // Why the last llama_set_loop() of this thread failed, one sentence; "" after a success. Valid until the next one.
+    LLAMA_API const char * llama_loop_last_error(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif // LLAMA_LOOP_H

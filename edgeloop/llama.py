@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Iterator
 
 import llama_cpp
@@ -12,9 +12,8 @@ from llama_cpp.llama_cache import BaseLlamaCache
 
 from edgeloop import log, native
 from edgeloop.errors import LoopError, ModelError
+from edgeloop.gguf_file import check_magic
 from edgeloop.loop import OFF, Loop
-
-GGUF_MAGIC = b"GGUF"
 
 
 class Llama(llama_cpp.Llama):
@@ -33,8 +32,9 @@ class Llama(llama_cpp.Llama):
     """
 
     def __init__(self, model_path: str, *, loop: str | Loop | None = "off", verbose: bool = False, **kwargs: Any):
+        self._stack = ExitStack()  # the base closes it even when it was never set up
         wanted = Loop.parse(loop)
-        check_model_file(model_path)
+        check_magic(model_path)
         self._loop = OFF
         with log.collect_errors() as errors:
             try:
@@ -156,16 +156,3 @@ class _LoopCache(BaseLlamaCache):
 
     def __setitem__(self, key, value) -> None:
         self._cache[self._key(key)] = value
-
-
-def check_model_file(path: str | os.PathLike) -> None:
-    """Raises ModelError, in one line, for what is not a GGUF file."""
-    try:
-        with open(path, "rb") as f:
-            magic = f.read(len(GGUF_MAGIC))
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}") from None
-    if magic != GGUF_MAGIC:
-        raise ModelError(f"{path}: not a GGUF file")

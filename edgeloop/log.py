@@ -26,7 +26,7 @@ def _callback(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
     line = text.decode("utf-8", "replace")
     if _errors is not None and _level == _LEVEL_ERROR and line.strip():
         _errors.append(re.sub(r"^\w+: ", "", line.strip()))
-    if _logger.logger.level <= logging.DEBUG or (_errors is None and _level == _LEVEL_ERROR):
+    if _logger.logger.level == logging.DEBUG or (_errors is None and _level == _LEVEL_ERROR):
         print(line, end="", flush=True, file=sys.stderr)
 
 

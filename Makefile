@@ -31,7 +31,7 @@ clean:
 # build tools, so that cmake, ninja and pip's cache of them are there for the second build as well
 $(VENV)/.tools: pyproject.toml
 	@$(PYTHON) -m venv $(VENV) || (echo "make: $(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv" >&2; exit 1)
-	$(BIN)/pip install -q --disable-pip-version-check -U "pip>=23" "scikit-build-core>=0.11" "pathspec>=0.12" "patch-ng>=1.18,<2" \
+	$(BIN)/pip install -q --disable-pip-version-check -U "pip>=25.1" "scikit-build-core>=0.11" "pathspec>=0.12" "patch-ng>=1.18,<2" \
 		"platformdirs>=4,<5" "cmake>=3.21" ninja
 	@touch $@
 
@@ -41,5 +41,5 @@ $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/pip install -q --disable-pip-version-check $$($(BIN)/python -c "import tomllib; print(' '.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['test']).replace('>', '\\\\>').replace('<', '\\\\<'))")
+	$(BIN)/pip install -q --disable-pip-version-check --group test
 	@touch $@

@@ -4,7 +4,7 @@ K/V are kept in F32 and one thread is used, so what is left is float rounding. T
 can fail: what should differ differs by far more than the tolerance.
 """
 
-from itertools import combinations, product
+from itertools import combinations
 
 import numpy as np
 import oracle
@@ -206,7 +206,8 @@ def test_control_wrong_activation(engines, models, monkeypatch):
     assert distance(got, expect(models["gemma3"][1], "2-3x3")) > PLAINLY_DIFFERENT
 
 
-@pytest.mark.parametrize("arch, unit", product(ARCHS, UNITS))
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_control_solvers_are_told_apart(models, arch, unit):
     logits = {solver: expect(models[arch][1], f"2-3{solver},unit={unit}") for solver in SOLVERS}
     for a, b in combinations(SOLVERS, 2):

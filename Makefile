@@ -15,15 +15,15 @@ chat: $(VENV)/.installed
 
 ## all tests but the slow ones
 test: $(VENV)/.installed-test
-	$(BIN)/pytest
+	EDGELOOP_WHEEL="$$(ls $(CURDIR)/build/wheel/*.whl)" $(BIN)/pytest
 
 ## the tests that take minutes
 test-slow: $(VENV)/.installed-test
-	$(BIN)/pytest -m slow -o addopts="-ra --strict-markers" --timeout 3000
+	EDGELOOP_WHEEL="$$(ls $(CURDIR)/build/wheel/*.whl)" $(BIN)/pytest -m slow -o addopts="-ra --strict-markers" --timeout 3000
 
 ## a wheel in dist/
-wheel: $(VENV)/.tools
-	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
+wheel: $(VENV)/.installed
+	mkdir -p dist && cp build/wheel/*.whl dist/
 
 clean:
 	rm -rf build dist $(VENV)
@@ -35,9 +35,13 @@ $(VENV)/.tools: pyproject.toml
 		"platformdirs>=4,<5" "cmake>=3.21" ninja
 	@touch $@
 
+# the wheel is built once, then installed and tested as a wheel
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 	@echo "building edgeloop (a few minutes the first time)"
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation .
+	@rm -rf build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w build/wheel .
+	$(BIN)/pip install -q --disable-pip-version-check build/wheel/*.whl
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --force-reinstall build/wheel/*.whl
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -244,13 +244,13 @@ int32_t llama_set_loop(llama_context * ctx, const llama_loop_params * params) {
 }
 
 const llama_loop_params * llama_get_loop(const llama_context * ctx) {
-    const auto & loop = ctx->get_cparams().loop;
+    const auto * loop = ctx ? ctx->get_cparams().loop.get() : nullptr;
 
     return loop ? &loop->params : nullptr;
 }
 
 size_t llama_loop_kv_size(const llama_context * ctx) {
-    const auto * memory = ctx->get_memory();
+    const auto * memory = ctx ? ctx->get_memory() : nullptr;
 
     return memory ? memory->loop_kv_size() : 0;
 }

@@ -1,0 +1,66 @@
+"""What every test gets: a clean environment, one thread, and models. Tests need no network but the package index."""
+
+import os
+import sys
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_report_header():
+    import llama_cpp
+
+    import edgeloop
+
+    return f"edgeloop {edgeloop.__version__} at {os.path.dirname(edgeloop.__file__)}, llama_cpp {llama_cpp.__version__}"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("EDGELOOP_", "LLAMA_")) and name != "EDGELOOP_WHEEL":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> str:
+    from edgeloop import hub
+
+    return str(hub.demo_model(say=lambda text: print(text, file=sys.stderr)))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> str:
+    import tiny
+
+    path = tmp_path_factory.mktemp("models") / "tiny-llama.gguf"
+    tiny.write_llama(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma3(tmp_path_factory) -> str:
+    import tiny
+
+    path = tmp_path_factory.mktemp("models") / "tiny-gemma3.gguf"
+    tiny.write_gemma3(path)
+    return str(path)
+
+
+@pytest.fixture
+def load():
+    """Load a model with one thread; closed at the end of the test."""
+    from edgeloop import Llama
+
+    opened = []
+
+    def open_model(path, **kwargs):
+        kwargs = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1} | kwargs
+        opened.append(Llama(str(path), **kwargs))
+        return opened[-1]
+
+    yield open_model
+    for llm in opened:
+        llm.close()

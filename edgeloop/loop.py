@@ -22,7 +22,7 @@ from decimal import Decimal
 from edgeloop.errors import LoopError
 from edgeloop.solvers import SOLVERS, Mix, mix
 
-MAX_SPEC_CHARS = 1000
+MAX_SPEC_CHARS = 2000  # a 64-pass poly with every digit of its weights fits
 MAX_PASSES = 64
 MAX_VISITS = 512  # layers applied to one token, repeated ones counted each time
 MAX_WEIGHT = 10.0
@@ -31,8 +31,9 @@ DEFAULT_SOLVER = "euler"
 UNITS = ("block", "layer")
 KV_MODES = ("frozen", "own", "first", "last")
 
+_KEYS = {"unit", "kv", "weights", *(name for solver in SOLVERS.values() for name in solver.parameters)}
 _SPAN = re.compile(r"(\d{1,4}(?:\.\d{1,4})?)(%?)-(\d{1,4}(?:\.\d{1,4})?)(%?)x(\d{1,4})")
-_NUMBER = re.compile(r"[+-]?(?:\d{1,12}(?:\.\d{0,17})?|\.\d{1,17})(?:e[+-]?\d{1,2})?", re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?", re.IGNORECASE)  # MAX_SPEC_CHARS bounds it
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,19 @@ class Span:
     first: int | Decimal
     last: int | Decimal
     passes: int
+    is_fraction: bool = field(init=False, repr=False)  # a field, because 40% and layer 40 must not be equal
 
-    @property
-    def is_fraction(self) -> bool:
-        return isinstance(self.first, Decimal)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_fraction", isinstance(self.first, Decimal))
 
     @property
     def width(self) -> int:
         return self.last - self.first + 1
 
     def __str__(self) -> str:
-        percent = "%" if self.is_fraction else ""
-        return f"{self.first:f}{percent}-{self.last:f}{percent}x{self.passes}" if percent else (
-            f"{self.first}-{self.last}x{self.passes}"
-        )
+        if self.is_fraction:
+            return f"{self.first:f}%-{self.last:f}%x{self.passes}"
+        return f"{self.first}-{self.last}x{self.passes}"
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,9 @@ def _parse(spec: str) -> Loop:
     if len(spec) > MAX_SPEC_CHARS:
         raise LoopError(f"the loop spec has {len(spec)} characters, the limit is {MAX_SPEC_CHARS}")
     text = spec.strip()
+    wrong = next((char for char in text if not (char.isascii() and char.isprintable())), None)
+    if wrong is not None:
+        raise LoopError(f"{ascii(wrong)} cannot be in a loop spec; it is plain ASCII, for example 12-20x3")
     if text == "off":
         return OFF
     if text == "auto":
@@ -160,8 +163,9 @@ def _parse(spec: str) -> Loop:
     if colon and not option_text:
         raise LoopError(f"'{text}' ends with ':'; name a solver or a key after it, or leave it out")
     loop = _parse_options(spans, option_text.split(",") if colon else [])
-    passes = [s.passes for s in spans]
-    _check_passes(loop, passes)
+    _check_passes(loop)
+    if len(str(loop)) > MAX_SPEC_CHARS:
+        raise LoopError(f"the loop spec has {len(str(loop))} characters with every number written out, the limit is {MAX_SPEC_CHARS}")
     return loop
 
 
@@ -203,6 +207,8 @@ def _parse_options(spans: tuple[Span, ...], options: list[str]) -> Loop:
     for position, option in enumerate(options):
         key, equals, value = option.partition("=")
         if not equals:
+            if key in _KEYS:
+                raise LoopError(f"'{key}' needs a value, {key}=...")
             if key not in SOLVERS:
                 raise LoopError(f"'{key}' is not a solver; there are {', '.join(SOLVERS)}")
             if position:
@@ -224,7 +230,7 @@ def _parse_options(spans: tuple[Span, ...], options: list[str]) -> Loop:
             in_range = parameter.low <= number <= parameter.high and not (parameter.low_open and number == parameter.low)
             if not in_range:
                 bracket = "(" if parameter.low_open else "["
-                raise LoopError(f"{name}={number:g} is out of range; {solver} takes {bracket}{parameter.low:g}, {parameter.high:g}]")
+                raise LoopError(f"{name}={_format_value(number)} is out of range; {solver} takes {bracket}{parameter.low:g}, {parameter.high:g}]")
             if number != parameter.default:
                 parameters.append((name, number))
     if chosen.takes_weights:
@@ -235,12 +241,12 @@ def _parse_options(spans: tuple[Span, ...], options: list[str]) -> Loop:
     return Loop(spans, solver, tuple(parameters), unit, kv)
 
 
-def _check_passes(loop: Loop, passes: list[int]) -> None:
+def _check_passes(loop: Loop) -> None:
     multiple = SOLVERS[loop.solver].multiple
     for span in loop.spans:
         if span.passes % multiple:
             raise LoopError(f"'{span}': {loop.solver} makes {multiple} passes a step, so their number must be a multiple of {multiple}")
-    if loop.parameters and all(n == 1 for n in passes):
+    if loop.parameters and all(span.passes == 1 for span in loop.spans):
         names = ", ".join(name for name, _ in loop.parameters)
         raise LoopError(f"{names} has no effect with one pass, which is the plain model; use x2 or more")
 
@@ -255,7 +261,7 @@ def _number(name: str, text: str) -> float:
     number = float(text) if _NUMBER.fullmatch(text) else math.nan
     if not math.isfinite(number):
         raise LoopError(f"{name}={text} is not a number")
-    return number
+    return number + 0.0  # -0 is 0, so that equal loops have one spelling
 
 
 def _weights(text: str | None, spans: tuple[Span, ...]) -> tuple[float, ...]:
@@ -268,7 +274,7 @@ def _weights(text: str | None, spans: tuple[Span, ...]) -> tuple[float, ...]:
     if any(abs(w) > MAX_WEIGHT for w in weights):
         raise LoopError(f"weights={text}: each must lie in [-{MAX_WEIGHT:g}, {MAX_WEIGHT:g}]")
     if abs(sum(weights) - 1.0) > 1e-6:
-        raise LoopError(f"weights={text} sum to {sum(weights):g}, they must sum to 1")
+        raise LoopError(f"weights={text} sum to {sum(weights):.12g}, they must sum to 1")
     return weights
 
 

@@ -35,8 +35,12 @@ static std::shared_ptr<const llama_loop> loop_init(const llama_loop_params & par
 
     res->n_layer = n_layer;
 
-    if (params.n_spans < 1 || params.n_spans > LLAMA_LOOP_MAX_VISITS || !params.spans) {
-        error = format("a loop needs 1 to %d spans, got %d", LLAMA_LOOP_MAX_VISITS, params.spans ? params.n_spans : 0);
+    if (!params.spans) {
+        error = "the loop has no spans; pass NULL for the parameters to turn it off";
+        return nullptr;
+    }
+    if (params.n_spans < 1 || params.n_spans > LLAMA_LOOP_MAX_VISITS) {
+        error = format("a loop needs 1 to %d spans, got %d", LLAMA_LOOP_MAX_VISITS, params.n_spans);
         return nullptr;
     }
     if (params.unit != LLAMA_LOOP_UNIT_BLOCK && params.unit != LLAMA_LOOP_UNIT_LAYER) {
@@ -226,16 +230,16 @@ int32_t llama_set_loop(llama_context * ctx, const llama_loop_params * params) {
         return LLAMA_LOOP_ERROR_INVALID;
     }
 
-    std::shared_ptr<const llama_loop> loop;
-
-    if (params) {
-        loop = loop_init(*params, ctx->get_model().hparams.n_layer(), loop_last_error);
-        if (!loop) {
-            return LLAMA_LOOP_ERROR_INVALID;
-        }
-    }
-
     try {
+        std::shared_ptr<const llama_loop> loop;
+
+        if (params) {
+            loop = loop_init(*params, ctx->get_model().hparams.n_layer(), loop_last_error);
+            if (!loop) {
+                return LLAMA_LOOP_ERROR_INVALID;
+            }
+        }
+
         return ctx->set_loop(std::move(loop), loop_last_error);
     } catch (const std::exception & err) {
         loop_last_error = err.what();

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
+import edgeloop  # from here on `import llama_cpp` is the one that it carries
+
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_report_header():
     import llama_cpp
-
-    import edgeloop
 
     return f"edgeloop {edgeloop.__version__} at {os.path.dirname(edgeloop.__file__)}, llama_cpp {llama_cpp.__version__}"
 

@@ -58,7 +58,11 @@ class Pass:
     """G: x -> the state after some layers. Every call is the next pass."""
 
     def __init__(self, model, layers: range, passes: int, position: Array, keys_values: KeysValues):
-        self.model, self.layers, self.passes, self.position, self.keys_values = model, layers, passes, position, keys_values
+        self.model = model
+        self.layers = layers
+        self.passes = passes
+        self.position = position
+        self.keys_values = keys_values
         self.i = 0
 
     def __call__(self, x: Array) -> Array:
@@ -135,7 +139,7 @@ def rope(x: Array, position: Array, base: float, adjacent: bool) -> Array:
 
 
 def attention(q: Array, k: Array, v: Array, position: Array, window: float) -> Array:
-    """q (tokens, heads, dim), k and v (all tokens, K/V heads, dim); a query sees the last `window` tokens incl. itself."""
+    """q (tokens, heads, dim), k and v (all tokens, K/V heads, dim); a query sees `window` tokens, itself included."""
     n_token, n_head, dim = q.shape
     k, v = (np.repeat(z, n_head // z.shape[1], axis=1) for z in (k, v))
     distance = position[:, None] - np.arange(len(k))[None, :]

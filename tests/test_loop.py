@@ -319,7 +319,7 @@ BAD = [
     ("12-20x2:poly,step=1,weights=0/0/1", "'step' is not a key of poly"),
     # the length
     ("12-20x3" + " " * MAX_SPEC_CHARS, f"{MAX_SPEC_CHARS + 7} characters"),
-    ("+".join(f"{i}-{i}x2" for i in range(1000, 1200)), "characters, the limit is 1000"),
+    ("+".join(f"{i}-{i}x2" for i in range(1000, 1200)), f"characters, the limit is {MAX_SPEC_CHARS}"),
     ("1" * 10_000_000, "10000000 characters"),
 ]
 

@@ -1,7 +1,8 @@
 """Writes tiny F32 GGUF models with seeded random weights, small enough to be checked number by number.
 
-Every writer returns the model as a flat dict: the tensors under their GGUF names, as they stand in the file (a matrix has
-one row per output), and the hyperparameters under names like n_embd. oracle.py computes with it. Knows nothing of edgeloop.
+Every writer returns the model as a flat dict: the tensors under their GGUF names, as they stand in the file (a matrix
+has one row per output), and the hyperparameters under names like n_embd. oracle.py computes with it. Knows nothing of
+edgeloop.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ NORM_EPS = 1e-6
 
 GEMMA3_N_SWA = 8  # a token sees itself and the seven before it, so that the window matters in a short prompt
 GEMMA3_SWA_PERIOD = 6  # llama.cpp's gemma3: every sixth layer sees everything
-# ggml rounds GELU to half precision: where the last bit of its input decides, one unit may differ by 1e-3. A feed-forward
-# network that moves the stream by a tenth keeps that far below 1e-4 in the logits.
+# ggml rounds GELU to half precision: where the last bit of its input decides, one unit may differ by 1e-3. A
+# feed-forward network that moves the stream by a tenth keeps that far below 1e-4 in the logits.
 GEMMA3_FFN_SCALE = 0.1
 
 BOS, EOS = 1, 2
 SPACE = "\u2581"
-# the least that llama.cpp's SPM tokenizer accepts: specials, all bytes, and the space, which has no byte of its own in SPM
+# the least that llama.cpp's SPM tokenizer accepts, specials and all bytes; and SPM's space, so that text survives it
 VOCAB = (
     [("<unk>", gguf.TokenType.UNKNOWN), ("<s>", gguf.TokenType.CONTROL), ("</s>", gguf.TokenType.CONTROL)]
     + [(f"<0x{byte:02X}>", gguf.TokenType.BYTE) for byte in range(256)]
@@ -91,7 +92,7 @@ def _common_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 
 def _random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
-    """Norms about 1; matrices that keep the size of a unit vector, so a layer moves the stream by about its own size."""
+    """Norms about 1, matrices that keep the size of a vector: a layer moves the stream by about the stream's size."""
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, shape in shapes.items():

@@ -20,7 +20,7 @@ app = typer.Typer(
     name="edgeloop",
     help="Run GGUF models with a span of layers applied more than once.",
     epilog="A loop spec is FIRST-LASTxPASSES[:SOLVER,KEY=VALUE...], for example 12-20x3, or off.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,  # plain help is three times as quick
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -37,9 +37,11 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -131,6 +131,29 @@ static bool loop_is_same(const llama_loop * a, const llama_loop * b) {
     return true;
 }
 
+// the scheduler keeps its memory plan for every graph with as many nodes as the last one. that holds for the graphs of
+// one loop, but two loops can have as many nodes in another order: show it a graph that has not, and it plans anew
+static void loop_forget_plan(ggml_backend_sched_t sched) {
+    const size_t n_nodes = 4;
+
+    ggml_init_params params = {
+        /*.mem_size   =*/ n_nodes*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false),
+        /*.mem_buffer =*/ NULL,
+        /*.no_alloc   =*/ true,
+    };
+
+    ggml_context_ptr ctx { ggml_init(params) };
+
+    ggml_cgraph * gf  = ggml_new_graph_custom(ctx.get(), n_nodes, false);
+    ggml_tensor * inp = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, 1);
+
+    ggml_set_input(inp);
+    ggml_build_forward_expand(gf, ggml_scale(ctx.get(), inp, 1.0f));
+
+    ggml_backend_sched_reset(sched);
+    ggml_backend_sched_reserve(sched, gf);
+}
+
 //
 // llama_context
 //
@@ -199,6 +222,9 @@ int32_t llama_context::set_loop(std::shared_ptr<const llama_loop> loop, std::str
     }
 
     cparams.loop = std::move(loop);
+
+    gf_res_prev_active = nullptr;
+    loop_forget_plan(sched.get());
 
     // the next decode reserves again, but only for a loop larger than any before
     const uint32_t n_tokens = std::min(cparams.n_ctx, cparams.n_ubatch);

@@ -60,6 +60,32 @@ def write_gemma3(path: str | os.PathLike, seed: int = 0, n_layer: int = 6) -> Mo
     return _write(path, model | tensors)
 
 
+def write_mamba(path: str | os.PathLike, seed: int = 0, n_layer: int = 2) -> Model:
+    """Architecture mamba: recurrent layers only, for what has no K/V cache. No oracle."""
+    d_conv, d_inner, d_state, dt_rank = 4, 2 * N_EMBD, 16, 8
+    model = {"arch": "mamba", "n_layer": n_layer, "norm_eps": NORM_EPS}
+    model["ssm"] = {"conv_kernel": d_conv, "inner_size": d_inner, "state_size": d_state, "time_step_rank": dt_rank}
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (len(VOCAB), N_EMBD), "output_norm.weight": (N_EMBD,)}
+    for il in range(n_layer):
+        layer = {
+            "attn_norm.weight": (N_EMBD,),
+            "ssm_in.weight": (2 * d_inner, N_EMBD),
+            "ssm_conv1d.weight": (d_inner, d_conv),
+            "ssm_conv1d.bias": (d_inner,),
+            "ssm_x.weight": (dt_rank + 2 * d_state, d_inner),
+            "ssm_dt.weight": (d_inner, dt_rank),
+            "ssm_dt.bias": (d_inner,),
+            "ssm_a": (d_inner, d_state),
+            "ssm_d": (d_inner,),
+            "ssm_out.weight": (N_EMBD, d_inner),
+        }
+        shapes |= {f"blk.{il}.{name}": shape for name, shape in layer.items()}
+    tensors = _random_tensors(shapes, seed)
+    for il in range(n_layer):
+        tensors[f"blk.{il}.ssm_a"] = -np.abs(tensors[f"blk.{il}.ssm_a"])  # a state that decays
+    return _write(path, model | tensors)
+
+
 def _hyperparameters(arch: str, n_layer: int, rope_base: float) -> Model:
     return {
         "arch": arch,
@@ -108,13 +134,16 @@ def _write(path: str | os.PathLike, model: Model) -> Model:
     writer.add_context_length(N_CTX_TRAIN)
     writer.add_block_count(model["n_layer"])
     writer.add_embedding_length(N_EMBD)
-    writer.add_feed_forward_length(N_FF)
-    writer.add_head_count(N_HEAD)
-    writer.add_head_count_kv(N_HEAD_KV)
-    writer.add_key_length(N_HEAD_DIM)
-    writer.add_value_length(N_HEAD_DIM)
     writer.add_layer_norm_rms_eps(NORM_EPS)
-    writer.add_rope_freq_base(model["rope_base"])
+    for key, value in model.get("ssm", {}).items():
+        writer.add_uint32(f"{model['arch']}.ssm.{key}", value)
+    if "n_head" in model:
+        writer.add_feed_forward_length(N_FF)
+        writer.add_head_count(N_HEAD)
+        writer.add_head_count_kv(N_HEAD_KV)
+        writer.add_key_length(N_HEAD_DIM)
+        writer.add_value_length(N_HEAD_DIM)
+        writer.add_rope_freq_base(model["rope_base"])
     if "n_swa" in model:
         writer.add_sliding_window(model["n_swa"])
         writer.add_rope_freq_base_swa(model["rope_base_swa"])

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Callable
 
 from edgeloop.errors import LoopError, ModelError
-from edgeloop.gguf_file import GGUFFile, Tensor
+from edgeloop.gguf_file import GGUFFile, Tensor, Value
 from edgeloop.loop import Loop
+from edgeloop.recipes import METADATA_KEY
 
 CELL_PADDING = 256  # llama.cpp rounds the context up to a multiple
 F16_BYTES = 2  # the K/V cache's default type
@@ -55,6 +56,7 @@ class ModelInfo:
     tensor_types: dict[str, int]
     kv_bytes_per_cell: tuple[int, ...]
     has_recurrent_state: bool
+    metadata: dict[str, Value]  # all but the long arrays
     loop: str | None  # from the file's own metadata
 
     def kv_bytes(self, n_ctx: int) -> int:
@@ -131,7 +133,8 @@ def _info(gguf: GGUFFile) -> ModelInfo:
         tensor_types=dict(Counter(t.type_name for t in gguf.tensors).most_common()),
         kv_bytes_per_cell=tuple(kv),
         has_recurrent_state=f"{arch}.ssm.state_size" in meta or any(h == 0 for h in n_head_kv),
-        loop=meta.get("edgeloop.loop"),
+        metadata=meta,
+        loop=meta.get(METADATA_KEY),
     )
 
 

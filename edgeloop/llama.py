@@ -10,7 +10,7 @@ from typing import Any, Iterator
 import llama_cpp
 from llama_cpp.llama_cache import BaseLlamaCache
 
-from edgeloop import log, native
+from edgeloop import log, native, recipes
 from edgeloop.errors import LoopError, ModelError
 from edgeloop.gguf_file import check_magic
 from edgeloop.loop import OFF, Loop
@@ -21,7 +21,7 @@ class Llama(llama_cpp.Llama):
 
     Args:
         model_path: a GGUF file.
-        loop: a loop spec such as "12-20x3" (see edgeloop.loop), "off", or a Loop.
+        loop: a loop spec such as "12-20x3" (see edgeloop.loop), "off", "auto" (see edgeloop.recipes), or a Loop.
         **kwargs: everything that `llama_cpp.Llama` takes. `verbose` is False by default.
 
     Raises:
@@ -58,7 +58,7 @@ class Llama(llama_cpp.Llama):
 
     @loop.setter
     def loop(self, spec: str | Loop | None) -> None:
-        loop = Loop.parse(spec).resolve(self.n_layer)
+        loop = self._resolve(spec)
         if loop == self._loop:
             return
         spans = [native.NativeSpan(s.first, s.last, m) for s, m in zip(loop.spans, loop.mixes())]
@@ -69,6 +69,10 @@ class Llama(llama_cpp.Llama):
         self._loop = loop
         self.reset()
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.ctx), False)
+
+    def _resolve(self, spec: str | Loop | None) -> Loop:
+        loop = Loop.parse(spec)
+        return (recipes.choose(self.metadata).loop if loop.is_auto else loop).resolve(self.n_layer)
 
     @contextmanager
     def looped(self, spec: str | Loop | None) -> Iterator[Llama]:
@@ -99,7 +103,7 @@ class Llama(llama_cpp.Llama):
     def _under(self, spec: str | Loop | None, create, args, kwargs):
         if spec is None:
             return create(*args, **kwargs)
-        loop = Loop.parse(spec).resolve(self.n_layer)  # a wrong spec fails here, not at the first token
+        loop = self._resolve(spec)  # a wrong spec fails here, not at the first token
         if kwargs.get("stream"):
             return self._stream_under(loop, create, args, kwargs)
         with self.looped(loop):

@@ -103,7 +103,7 @@ class Loop:
         Raises LoopError when a span lies outside, spans overlap, or more than 512 layers would be applied to a token.
         """
         if self.is_auto:
-            raise LoopError("auto has to be looked up for a model before it can be used")
+            raise LoopError("auto has to be looked up first, with edgeloop.recipes.choose")
         spans = tuple(_resolve_span(span, n_layer) for span in self.spans)
         _check_order(spans)
         visits = n_layer + sum((s.passes - 1) * s.width for s in spans)

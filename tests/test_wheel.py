@@ -20,7 +20,7 @@ def test_it_is_complete():
     libraries = [os.path.basename(n).split(".")[0].removeprefix("lib") for n in names if n.startswith(vendor + "llama_cpp/lib/")]
     assert len(libraries) == len(set(libraries))  # each once: no copies for version links
     assert {"llama", "mtmd", "ggml", "ggml-base", "ggml-cpu"} <= set(libraries)
-    for name in ("llama_cpp/__init__.py", "llama_cpp/server/app.py", "include/llama-loop.h", "include/llama.h", "licenses/llama.cpp.txt"):
+    for name in ("llama_cpp/__init__.py", "llama_cpp/server/app.py", "include/llama-loop.h", "include/llama.h", "models/qwen3-4b.toml", "licenses/llama.cpp.txt"):
         assert vendor + name in names
     assert not [n for n in names if n.endswith((".cpp", ".c", ".gguf", ".a"))]
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from edgeloop.cli import options as o
-from edgeloop.cli.console import size
+from edgeloop.cli.console import note, size
 
 
 def inspect(
@@ -25,6 +25,12 @@ def inspect(
     wanted = Loop.parse(loop)
     info = read(o.model_path(model, model_flag, offline))
     n_ctx = ctx_size or min(info.n_ctx_train or o.DEFAULT_CTX, o.DEFAULT_CTX) if ctx_size != 0 else info.n_ctx_train
+    if wanted.is_auto:
+        from edgeloop.recipes import choose
+
+        choice = choose(info.metadata)
+        note(choice.why)
+        wanted = choice.loop
     resolved = wanted.resolve(info.n_layer)
     facts = {
         "path": info.path,

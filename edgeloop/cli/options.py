@@ -23,7 +23,7 @@ def _option(*names: str, help: str, **kwargs: Any) -> Any:
 
 Model = Annotated[Optional[str], typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 ModelFlag = Annotated[Optional[str], _option("-m", "--model", help="The same as MODEL.", show_default=False)]
-LoopSpec = Annotated[str, _option("--loop", help="Loop spec, for example 12-20x3.", metavar="SPEC")]
+LoopSpec = Annotated[str, _option("--loop", help="Loop spec, for example 12-20x3; auto: a known one for this model.", metavar="SPEC")]
 CtxSize = Annotated[
     Optional[int],
     _option("-c", "--ctx-size", help=f"Tokens of context, 0: the model's. Default: the model's, at most {DEFAULT_CTX}.", min=0, show_default=False),
@@ -62,7 +62,7 @@ def load(
     if ctx_size is None:
         ctx_size = min(inspect(path).n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
     threads = threads or physical_cores()
-    return Llama(
+    llm = Llama(
         str(path),
         loop=wanted,
         n_ctx=ctx_size,
@@ -72,6 +72,11 @@ def load(
         seed=seed if seed >= 0 else 0xFFFFFFFF,
         verbose=verbose,
     )
+    if wanted.is_auto:
+        from edgeloop.recipes import choose
+
+        note(choose(llm.metadata).why)
+    return llm
 
 
 def physical_cores() -> int:

@@ -39,10 +39,16 @@ WANTED = (
     "vendor/llama.cpp/vendor",
 )
 
-# a layer loop that hands its residual stream on in inpL
+# a layer loop, and the test in it for the layer after which only rows with an output are needed
 LOOP_HEADER = re.compile(r"^( *)for \(int il = 0; il < n_layer; \+\+il\) \{$")
-LOOP_REWRITTEN = "for (int il = loop_begin(inpL); il < n_layer; il = loop_next(inpL)) {"
-N_LOOPS_REWRITTEN = 130
+LOOP_REWRITTEN = "for (int il = loop_begin({x}); il < n_layer; il = loop_next({x})) {{"
+LAST_LAYER = "il == n_layer - 1"
+LAST_REWRITTEN = "loop_is_last(il)"
+N_LOOPS_REWRITTEN = 131
+N_LAST_REWRITTEN = 124
+
+# the residual stream that a loop hands on, in inpL but for one builder
+STREAMS = {"lfm2.cpp": "cur"}
 
 
 class UpstreamError(Exception):
@@ -134,23 +140,31 @@ def apply_patches(patches: Path, llama: Path) -> None:
 
 
 def rewrite_loops(models: Path) -> None:
-    count = 0
+    loops = lasts = 0
     for path in sorted(models.glob("*.cpp")):
         lines = path.read_text(encoding="utf-8").split("\n")
+        stream = STREAMS.get(path.name, "inpL")
         found = 0
         for i, line in enumerate(lines):
             header = LOOP_HEADER.match(line)
             if not header:
                 continue
             end = next(j for j in range(i + 1, len(lines)) if lines[j].startswith(header[1] + "}"))
-            if any(re.match(r"\s*inpL = ", body) for body in lines[i:end]):
-                lines[i] = header[1] + LOOP_REWRITTEN
-                found += 1
+            if not any(re.match(rf"\s*{stream} += ", body) for body in lines[i:end]):
+                continue
+            lines[i] = header[1] + LOOP_REWRITTEN.format(x=stream)
+            found += 1
+            for j in range(i, end):
+                lasts += lines[j].count(LAST_LAYER)
+                lines[j] = lines[j].replace(LAST_LAYER, LAST_REWRITTEN)
         if found:
             path.write_text("\n".join(lines), encoding="utf-8")
-            count += found
-    if count != N_LOOPS_REWRITTEN:
-        raise UpstreamError(f"{count} layer loops were rewritten, {N_LOOPS_REWRITTEN} expected: the builders in src/models have changed")
+            loops += found
+    if (loops, lasts) != (N_LOOPS_REWRITTEN, N_LAST_REWRITTEN):
+        raise UpstreamError(
+            f"{loops} layer loops and {lasts} tests for the last layer were rewritten, {N_LOOPS_REWRITTEN} and "
+            f"{N_LAST_REWRITTEN} expected: the builders in src/models have changed"
+        )
 
 
 def sync(fresh: Path, out: Path) -> None:

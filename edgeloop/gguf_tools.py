@@ -63,7 +63,7 @@ class ModelInfo:
         """Bytes of the plain model's K/V cache at a context size (sliding-window layers at full size)."""
         return sum(self.kv_bytes_per_cell) * kv_cells(n_ctx)
 
-    def loop_kv_bytes(self, loop: Loop, n_ctx: int) -> int:
+    def loop_memory_bytes(self, loop: Loop, n_ctx: int) -> int:
         """Bytes of K/V that a loop adds at a context size: (passes - 1) times the span's with kv=own, else none."""
         if loop.kv != "own":
             return 0

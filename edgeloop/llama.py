@@ -68,7 +68,9 @@ class Llama(llama_cpp.Llama):
             raise LoopError(str(error)) from error
         self._loop = loop
         self.reset()
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.ctx), False)
+        memory = llama_cpp.llama_get_memory(self.ctx)
+        if memory:
+            llama_cpp.llama_memory_clear(memory, False)
 
     def _resolve(self, spec: str | Loop | None) -> Loop:
         loop = Loop.parse(spec)
@@ -84,9 +86,9 @@ class Llama(llama_cpp.Llama):
         finally:
             self.loop = before
 
-    def loop_kv_size(self) -> int:
+    def loop_memory_size(self) -> int:
         """Bytes of keys and values that the loop holds beyond the plain model's; 0 unless kv=own."""
-        return native.loop_kv_size(self.ctx)
+        return native.loop_memory_size(self.ctx)
 
     def create_completion(self, *args: Any, loop: str | Loop | None = None, **kwargs: Any):
         """`llama_cpp.Llama.create_completion`, under `loop` if one is given."""

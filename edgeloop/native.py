@@ -41,8 +41,8 @@ lib.llama_set_loop.argtypes = [ctypes.c_void_p, ctypes.POINTER(llama_loop_params
 lib.llama_set_loop.restype = ctypes.c_int32
 lib.llama_get_loop.argtypes = [ctypes.c_void_p]
 lib.llama_get_loop.restype = ctypes.POINTER(llama_loop_params)
-lib.llama_loop_kv_size.argtypes = [ctypes.c_void_p]
-lib.llama_loop_kv_size.restype = ctypes.c_size_t
+lib.llama_loop_memory_size.argtypes = [ctypes.c_void_p]
+lib.llama_loop_memory_size.restype = ctypes.c_size_t
 lib.llama_loop_last_error.argtypes = []
 lib.llama_loop_last_error.restype = ctypes.c_char_p
 
@@ -82,6 +82,6 @@ def _check(code: int) -> bool:
     return code > 0
 
 
-def loop_kv_size(ctx: int) -> int:
+def loop_memory_size(ctx: int) -> int:
     """Bytes of K/V that the loop holds beyond the plain model's."""
-    return lib.llama_loop_kv_size(ctx)
+    return lib.llama_loop_memory_size(ctx)

@@ -4,6 +4,7 @@
 #include "llama-memory.h"
 
 #include <cmath>
+#include <tuple>
 
 // a coefficient below this is what is left of two that cancel in float arithmetic
 static constexpr double LOOP_COEF_EPS = 1e-6;
@@ -31,9 +32,8 @@ static void loop_terms_clean(loop_terms & terms) {
 }
 
 int llm_graph_context::loop_begin(ggml_tensor *& inpL) {
-    loop         = {};
-    loop.n_layer = n_layer;
-    loop.il      = -1;
+    loop    = {};
+    loop.il = -1;
 
     return loop_next(inpL);
 }
@@ -83,15 +83,17 @@ int llm_graph_context::loop_next(ggml_tensor *& inpL) {
         mctx->loop_select(loop.pass);
     }
 
-    // builders drop the rows that have no output in layer n_layer - 1; a pass that another one follows needs them all
-    const bool more = loop.pass.is_looped && loop.pass.i + 1 < lp->blocks[loop.i_block].n_passes;
-    n_layer = loop.n_layer + (more && loop.il == loop.n_layer - 1 ? 1 : 0);
-
-    if (loop.il < loop.n_layer) {
+    if (loop.il < n_layer) {
         res->n_loop_visits++;
     }
 
     return loop.il;
+}
+
+bool llm_graph_context::loop_is_last(int il) const {
+    const bool again = loop.pass.is_looped && loop.pass.i + 1 < cparams.loop->blocks[loop.i_block].n_passes;
+
+    return il == n_layer - 1 && !again;
 }
 
 ggml_tensor * llm_graph_context::loop_mix(const llama_loop_block & block) {
@@ -146,6 +148,17 @@ ggml_tensor * llm_graph_context::loop_mix(const llama_loop_block & block) {
     cb(cur, "loop_x", block.last);
 
     return cur;
+}
+
+void llm_graph_context::loop_reuse_kv(ggml_tensor *& k_cur, ggml_tensor *& v_cur, int il) const {
+    if (!loop.pass.is_looped || loop.pass.kv != LLAMA_LOOP_KV_FROZEN) {
+        return;
+    }
+    if (loop.pass.i == 0) {
+        loop.kv_first[il] = { k_cur, v_cur };
+    } else {
+        std::tie(k_cur, v_cur) = loop.kv_first.at(il);
+    }
 }
 
 void llm_graph_context::loop_forward_kv(ggml_tensor * cur) const {

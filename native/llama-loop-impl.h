@@ -6,6 +6,7 @@
 
 #include "ggml-cpp.h"
 
+#include <functional>
 #include <map>
 #include <string>
 #include <utility>
@@ -42,7 +43,7 @@ struct llama_loop {
     uint32_t n_nodes_max(uint32_t n_nodes_plain) const;
 };
 
-// the pass that the layers being built belong to
+// the pass that the layers being built belong to. kv says nothing of recurrent states: each pass has its own
 struct llama_loop_pass {
     int32_t       i  = 0;
     llama_loop_kv kv = LLAMA_LOOP_KV_FROZEN;
@@ -54,7 +55,6 @@ struct llama_loop_pass {
 
 // where the graph builder stands in the loop
 struct llama_loop_cursor {
-    int32_t n_layer = 0;
     int32_t il      = 0;
     size_t  i_block = 0;
 
@@ -62,6 +62,9 @@ struct llama_loop_cursor {
 
     std::vector<ggml_tensor *> x; // states that entered the passes of this block
     std::vector<ggml_tensor *> g; // what the passes made of them
+
+    // models without a cache: the first pass's K and V of each layer
+    mutable std::map<int, std::pair<ggml_tensor *, ggml_tensor *>> kv_first;
 };
 
 // does the graph builder of this architecture go through llm_graph_context::loop_next()?
@@ -71,23 +74,55 @@ enum llama_loop_support {
     LLAMA_LOOP_SUPPORT_NO,
 };
 
-// K/V of one layer in one pass after the first
-struct llama_loop_kv_slot {
+// what one layer keeps in one pass after the first: K and V, or the recurrent states. null where the layer has none
+struct llama_loop_slot {
     uint32_t il;
     int32_t  pass;
 
-    ggml_tensor * k;
-    ggml_tensor * v;
-
-    std::vector<ggml_tensor *> k_stream;
-    std::vector<ggml_tensor *> v_stream;
+    std::vector<ggml_tensor *> data;
+    std::vector<std::vector<ggml_tensor *>> streams; // views of data, one per stream of a K/V cache
 };
 
-// the loop's part of a K/V cache
-struct llama_loop_kv_state {
+// the loop's part of a memory: the slots of the passes
+struct llama_loop_slots {
+    using ctxs_bufs_t = std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>>;
+
     llama_loop_pass pass; // selected while a graph is built
 
-    // kv = first: what the first pass stored and the last pass has to put back
+    // entries of the memory's layers that are not slots
+    size_t n_layers_plain = 0;
+
+    // (layer, pass) of the current loop -> entry of the memory's layers
+    std::map<std::pair<int32_t, int32_t>, int32_t> layer_ids;
+
+    // the entry for the selected pass; id_plain is where the first pass of a layer is
+    int32_t layer_id(int32_t il, int32_t id_plain) const;
+    int32_t layer_id(int32_t il) const { return layer_id(il, il); }
+
+    // for llama_memory_i::loop_reserve(): wanted are (layer, pass), layer_data() what a layer keeps in its first pass
+    int32_t reserve(std::vector<std::pair<uint32_t, int32_t>> wanted, const std::function<std::vector<ggml_tensor *>(uint32_t)> & layer_data);
+
+    // for llama_memory_i::loop_apply(): true when reserve() was accepted; the slots to use are then in active()
+    bool apply(bool accept, ctxs_bufs_t & ctxs_bufs);
+
+    std::vector<llama_loop_slot> active() const;
+
+private:
+    // allocated slots outlive their loop, so that switching it off and on again costs nothing
+    std::vector<llama_loop_slot> slots;
+    size_t n_bufs_plain = 0; // entries of the memory's ctxs_bufs that do not hold slots
+    bool   has_bufs     = false;
+
+    std::vector<llama_loop_slot> slots_next;
+    ctxs_bufs_t                  ctxs_bufs_next;
+
+    std::vector<std::pair<uint32_t, int32_t>> wanted;
+
+    const llama_loop_slot * find(uint32_t il, int32_t pass) const;
+};
+
+// for a K/V cache: also what kv = first has to put back after the last pass
+struct llama_loop_kv_slots : llama_loop_slots {
     struct stored {
         ggml_tensor * cur;
         ggml_tensor * idxs;
@@ -95,24 +130,6 @@ struct llama_loop_kv_state {
     };
     std::vector<stored> first_k;
     std::vector<stored> first_v;
-
-    // allocated slots outlive their loop, so that switching it off and on again costs nothing
-    std::vector<llama_loop_kv_slot> slots;
-
-    // allocated by loop_reserve(), taken over or dropped by loop_apply()
-    struct {
-        std::vector<llama_loop_kv_slot> data;
-        std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
-    } slots_next;
-
-    std::vector<std::pair<uint32_t, int32_t>> wanted; // (layer, pass) of the loop to apply
-
-    size_t n_layers_plain = 0; // entries of llama_kv_cache::layers that are not slots
-    size_t n_bufs_plain   = 0; // entries of llama_kv_cache::ctxs_bufs that do not hold slots
-
-    std::map<std::pair<int32_t, int32_t>, int32_t> layer_ids; // (layer, pass) -> entry of llama_kv_cache::layers
-
-    const llama_loop_kv_slot * find(uint32_t il, int32_t pass) const;
 
     // false: the selected pass must not store, it attends to what is there
     bool store_k(ggml_tensor * k_cur, ggml_tensor * k_idxs, int32_t il) { return store(first_k, k_cur, k_idxs, il); }

@@ -154,9 +154,60 @@ static void loop_forget_plan(ggml_backend_sched_t sched) {
     ggml_backend_sched_reserve(sched, gf);
 }
 
+// what is known of the architectures that loop_probe() refuses
+static const char * loop_why_not(llm_arch arch) {
+    switch (arch) {
+        case LLM_ARCH_KIMI_K3:
+            return "its layers also mix the residuals of earlier layers";
+        case LLM_ARCH_DEEPSEEK4:
+        case LLM_ARCH_GLM5_NEXT:
+        case LLM_ARCH_QWEN4EXP:
+            return "the compressed keys of its cache have no room for passes";
+        case LLM_ARCH_HRM_TEXT:
+            return "it applies its own stacks of layers in cycles";
+        default:
+            return "its layers are not built one after another";
+    }
+}
+
 //
 // llama_context
 //
+
+int32_t llama_context::loop_probe(int32_t n_layer) {
+    // what is beside the residual stream would not be part of x
+    if (model.arch == LLM_ARCH_KIMI_K3) {
+        return LLAMA_LOOP_ERROR_UNSUPPORTED;
+    }
+
+    auto probe = std::make_shared<llama_loop>();
+
+    probe->n_layer = n_layer;
+    probe->blocks  = { { 0, 0, 2, LLAMA_LOOP_KV_FROZEN, { 1.0f, 0.0f, 1.0f, 1.0f } } };
+
+    llama_memory_context_ptr mctx;
+
+    if (memory) {
+        // no loop was set before, so there are no slots that this one could displace
+        const int32_t res = memory->loop_reserve(probe.get());
+        memory->loop_apply(res >= 0);
+        if (res < 0) {
+            return res;
+        }
+        mctx = memory->init_full();
+    }
+
+    cparams.loop = probe;
+    const auto * gf = graph_reserve(cparams.n_seq_max, cparams.n_seq_max, cparams.n_seq_max, mctx.get(), true);
+    cparams.loop = nullptr;
+
+    if (memory) {
+        memory->loop_reserve(nullptr);
+        memory->loop_apply(true);
+    }
+
+    return gf && get_gf_res_reserve()->n_loop_visits == probe->n_visits() ? 0 : LLAMA_LOOP_ERROR_UNSUPPORTED;
+}
 
 int32_t llama_context::set_loop(std::shared_ptr<const llama_loop> loop, std::string & error) {
     if (loop_is_same(loop.get(), cparams.loop.get())) {
@@ -166,40 +217,18 @@ int32_t llama_context::set_loop(std::shared_ptr<const llama_loop> loop, std::str
     // the last graph may still be running on memory that is about to change hands
     synchronize();
 
-    if (loop) {
-        if (!memory) {
-            error = format("architecture '%s' cannot be looped: it has no K/V cache", model.arch_name().c_str());
-            return LLAMA_LOOP_ERROR_UNSUPPORTED;
+    if (loop && loop_support == LLAMA_LOOP_SUPPORT_UNKNOWN) {
+        const int32_t res = loop_probe(loop->n_layer);
+        if (res < 0 && res != LLAMA_LOOP_ERROR_UNSUPPORTED) {
+            error = "not enough memory to try a loop on this model";
+            return res;
         }
+        loop_support = res < 0 ? LLAMA_LOOP_SUPPORT_NO : LLAMA_LOOP_SUPPORT_YES;
+    }
 
-        // build a graph that applies layer 0 twice, to see that this builder follows loop_next()
-        if (loop_support == LLAMA_LOOP_SUPPORT_UNKNOWN) {
-            auto probe = std::make_shared<llama_loop>();
-
-            probe->n_layer = loop->n_layer;
-            probe->blocks  = { { 0, 0, 2, LLAMA_LOOP_KV_FROZEN, { 1.0f, 0.0f, 1.0f, 1.0f } } };
-
-            loop_support = LLAMA_LOOP_SUPPORT_NO;
-
-            if (memory->loop_reserve(probe.get()) == 0) {
-                const auto old = cparams.loop;
-                const auto mctx = memory->init_full();
-
-                cparams.loop = probe;
-                const auto * gf = graph_reserve(cparams.n_seq_max, cparams.n_seq_max, cparams.n_seq_max, mctx.get(), true);
-                cparams.loop = old;
-
-                if (gf && get_gf_res_reserve()->n_loop_visits == probe->n_visits()) {
-                    loop_support = LLAMA_LOOP_SUPPORT_YES;
-                }
-            }
-        }
-
-        if (loop_support == LLAMA_LOOP_SUPPORT_NO) {
-            error = format("architecture '%s' cannot be looped yet: its memory is recurrent or K-only, or its layers are not built one after another",
-                    model.arch_name().c_str());
-            return LLAMA_LOOP_ERROR_UNSUPPORTED;
-        }
+    if (loop && loop_support == LLAMA_LOOP_SUPPORT_NO) {
+        error = format("architecture '%s' cannot be looped: %s", model.arch_name().c_str(), loop_why_not(model.arch));
+        return LLAMA_LOOP_ERROR_UNSUPPORTED;
     }
 
     int32_t res = 0;
@@ -211,7 +240,7 @@ int32_t llama_context::set_loop(std::shared_ptr<const llama_loop> loop, std::str
         if (res == LLAMA_LOOP_ERROR_MEMORY) {
             error = "not enough memory for the K/V of the passes; the old loop is still set. use kv=frozen, a smaller context or fewer passes";
         } else if (res < 0) {
-            error = format("architecture '%s' cannot be looped", model.arch_name().c_str());
+            error = format("architecture '%s' cannot be looped in this context: its K/V belongs to another one", model.arch_name().c_str());
         }
         if (res < 0) {
             return res;
@@ -279,10 +308,10 @@ const llama_loop_params * llama_get_loop(const llama_context * ctx) {
     return loop ? &loop->params : nullptr;
 }
 
-size_t llama_loop_kv_size(const llama_context * ctx) {
+size_t llama_loop_memory_size(const llama_context * ctx) {
     const auto * memory = ctx ? ctx->get_memory() : nullptr;
 
-    return memory ? memory->loop_kv_size() : 0;
+    return memory ? memory->loop_size() : 0;
 }
 
 const char * llama_loop_last_error() {

@@ -72,8 +72,8 @@ extern "C" {
     // The loop of a context, or NULL when it is off. Owned by the context, valid until the next llama_set_loop().
     LLAMA_API const struct llama_loop_params * llama_get_loop(const struct llama_context * ctx);
 
-    // Bytes of K/V that the loop holds beyond the plain model's. 0 unless kv = own.
-    LLAMA_API size_t llama_loop_kv_size(const struct llama_context * ctx);
+    // Bytes of K/V and recurrent states that the loop holds beyond the plain model's. 0 without recurrent layers unless kv = own.
+    LLAMA_API size_t llama_loop_memory_size(const struct llama_context * ctx);
 
     // Why the last llama_set_loop() of this thread failed, one sentence; "" after a success. Valid until the next one.
     LLAMA_API const char * llama_loop_last_error(void);

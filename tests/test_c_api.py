@@ -188,7 +188,7 @@ def test_what_was_set_is_what_one_gets(ctx, case, unit, kv):
     assert set_loop(ctx, params([span(*s) for s in spans], unit, kv)) == 0
     assert last_error() == ""
     assert get_loop(ctx) == ([(first, last, mix.tolist()) for first, last, mix in spans], unit, kv)
-    assert lib.llama_loop_kv_size(ctx) == 0
+    assert lib.llama_loop_memory_size(ctx) == 0
 
 
 def test_null_turns_it_off(ctx):
@@ -243,11 +243,11 @@ def test_own_keys_and_values_make_room_once(llm):
         wide = params([span(1, 4, euler(3))], kv=OWN)
         assert set_loop(ctx, wide) == 1
         assert last_error() == ""
-        size = lib.llama_loop_kv_size(ctx)
+        size = lib.llama_loop_memory_size(ctx)
         assert size > 0 and size % 8 == 0  # four layers, two passes more
 
         assert set_loop(ctx, params([span(1, 20, euler(2))], kv=OWN)) == INVALID
-        assert lib.llama_loop_kv_size(ctx) == size
+        assert lib.llama_loop_memory_size(ctx) == size
 
         for loop, expected in [
             (None, 0),
@@ -257,10 +257,10 @@ def test_own_keys_and_values_make_room_once(llm):
             (params([span(1, 4, euler(3))], kv=OWN, unit=LAYER), size),
         ]:
             assert set_loop(ctx, loop) == 0
-            assert lib.llama_loop_kv_size(ctx) == expected
+            assert lib.llama_loop_memory_size(ctx) == expected
 
         assert set_loop(ctx, params([span(1, 5, euler(3))], kv=OWN)) == 1
-        assert lib.llama_loop_kv_size(ctx) == size // 8 * 10
+        assert lib.llama_loop_memory_size(ctx) == size // 8 * 10
 
 
 @contextmanager
@@ -281,13 +281,13 @@ def little_memory_left(n_bytes):
 def test_without_memory_the_old_loop_stays(llm):
     with new_context(llm, n_ctx=16384) as ctx:
         assert set_loop(ctx, params([span(1, 2, euler(2))], kv=OWN)) == 1
-        old, size = get_loop(ctx), lib.llama_loop_kv_size(ctx)
+        old, size = get_loop(ctx), lib.llama_loop_memory_size(ctx)
         loop = params([span(0, 15, euler(17))], kv=OWN)  # needs 512 MiB
         with little_memory_left(2**26):
             code = set_loop(ctx, loop)
         assert code == MEMORY
         assert "not enough memory" in last_error()
-        assert (get_loop(ctx), lib.llama_loop_kv_size(ctx)) == (old, size)
+        assert (get_loop(ctx), lib.llama_loop_memory_size(ctx)) == (old, size)
 
 
 def test_contexts_of_one_model_have_their_own_loops(llm, ctx):
@@ -355,7 +355,7 @@ def test_native_set_loop(llm):
         assert native.set_loop(ctx, spans, "layer", "last") is False
         assert get_loop(ctx) == ([(1, 2, [[0.5, 0.0], [0.25, 0.75]]), (4, 4, [[1.0]])], LAYER, LAST)
         assert native.set_loop(ctx, spans, kv="own") is True
-        assert native.loop_kv_size(ctx) == lib.llama_loop_kv_size(ctx) > 0
+        assert native.loop_memory_size(ctx) == lib.llama_loop_memory_size(ctx) > 0
         with pytest.raises(native.NativeLoopError, match=r"span 1\.\.99 is not in the model") as caught:
             native.set_loop(ctx, [native.NativeSpan(1, 99, [[1.0]])])
         assert caught.value.code == INVALID

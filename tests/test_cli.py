@@ -146,7 +146,7 @@ def test_inspect(demo_model):
     assert "0-14 12-14 12-29" in text and "1.20 times the layers" in text
     facts = json.loads(run("inspect", demo_model, "--loop", "12-14x3:kv=own", "-c", "1024", "--json").stdout)
     assert facts["layers"] == 30 and facts["architecture"] == "llama" and facts["layer_order"].count(13) == 3
-    assert facts["loop_kv_bytes"] == 2 * 3 * 2 * 3 * 64 * 2 * 1024  # slots x layers x (K, V) x heads x head size x f16 x cells
+    assert facts["loop_memory_bytes"] == 2 * 3 * 2 * 3 * 64 * 2 * 1024  # slots x layers x (K, V) x heads x head size x f16 x cells
 
 
 @pytest.fixture

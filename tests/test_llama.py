@@ -94,8 +94,8 @@ def test_batches_in_full_precision(tiny_llama, load, kv, independent):
 @pytest.mark.parametrize("spec", ["12-14x3:kv=own", "0-1x2+5-5x4:kv=own", "12-14x3", "12-14x3:kv=last"])
 def test_kv_size_is_what_inspect_says(demo_model, load, spec, n_ctx):
     llm = load(demo_model, loop=spec, n_ctx=n_ctx)
-    assert llm.loop_kv_size() == gguf_tools.inspect(demo_model).loop_kv_bytes(llm.loop, n_ctx)
-    assert (llm.loop_kv_size() > 0) == ("own" in spec)
+    assert llm.loop_memory_size() == gguf_tools.inspect(demo_model).loop_memory_bytes(llm.loop, n_ctx)
+    assert (llm.loop_memory_size() > 0) == ("own" in spec)
 
 
 @pytest.mark.parametrize("spec", ["12-14x3:kv=own", "12-14x3", "12-14x3:kv=first"])
@@ -108,7 +108,7 @@ def test_saved_state_grows_by_what_inspect_says(demo_model, load, spec):
         sizes[name] = llama_cpp.llama_state_get_size(llm.ctx)
     loop = Loop.parse(spec)
     n_slots = len(loop.expanded(30)) - 30 if loop.kv == "own" else 0
-    headers = sizes[spec] - sizes["off"] - gguf_tools.inspect(demo_model).loop_kv_bytes(loop, 256)
+    headers = sizes[spec] - sizes["off"] - gguf_tools.inspect(demo_model).loop_memory_bytes(loop, 256)
     assert 0 <= headers <= 64 * n_slots  # a few words of description for each slot
 
 

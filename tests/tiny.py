@@ -1,7 +1,8 @@
 """Writes tiny F32 GGUF models with seeded random weights, small enough to be checked number by number.
 
 Every writer returns the model as a flat dict: the tensors under their GGUF names, as they stand in the file (a matrix
-has one row per output), and the hyperparameters under names like n_embd. oracle.py computes with it. Knows nothing of
+has one row per output), the hyperparameters under names like n_embd, and under "metadata" what else the file says of
+the architecture. oracle.py computes with it; tiny_more.py has architectures without an oracle. Knows nothing of
 edgeloop.
 """
 
@@ -37,56 +38,73 @@ VOCAB = (
 )
 
 Model = dict[str, Any]
+Shapes = dict[str, tuple[int, ...]]
+
+ATTENTION: Shapes = {
+    "attn_norm.weight": (N_EMBD,),
+    "attn_q.weight": (N_HEAD * N_HEAD_DIM, N_EMBD),
+    "attn_k.weight": (N_HEAD_KV * N_HEAD_DIM, N_EMBD),
+    "attn_v.weight": (N_HEAD_KV * N_HEAD_DIM, N_EMBD),
+    "attn_output.weight": (N_EMBD, N_HEAD * N_HEAD_DIM),
+}
+FEED_FORWARD: Shapes = {
+    "ffn_norm.weight": (N_EMBD,),
+    "ffn_gate.weight": (N_FF, N_EMBD),
+    "ffn_up.weight": (N_FF, N_EMBD),
+    "ffn_down.weight": (N_EMBD, N_FF),
+}
 
 
 def write_llama(path: str | os.PathLike, seed: int = 0, n_layer: int = 6) -> Model:
     """Architecture llama: SwiGLU, adjacent RoPE pairs, full attention, an output matrix of its own."""
-    model = _hyperparameters("llama", n_layer, rope_base=1e4)
-    shapes = _common_shapes(model) | {"output.weight": (len(VOCAB), N_EMBD)}
-    return _write(path, model | _random_tensors(shapes, seed))
+    model = hyperparameters("llama", n_layer, rope_base=1e4)
+    shapes = common_shapes(model) | {"output.weight": (len(VOCAB), N_EMBD)}
+    return write(path, model | random_tensors(shapes, seed))
 
 
 def write_gemma3(path: str | os.PathLike, seed: int = 0, n_layer: int = 6) -> Model:
     """Architecture gemma3: GeGLU, half-split RoPE, norms on both sides and on Q and K, sliding windows, tied output."""
-    model = _hyperparameters("gemma3", n_layer, rope_base=1e6)
+    model = hyperparameters("gemma3", n_layer, rope_base=1e6)
     model |= {"n_swa": GEMMA3_N_SWA, "swa_period": GEMMA3_SWA_PERIOD, "rope_base_swa": 1e4}
-    shapes = _common_shapes(model)
+    model["metadata"] |= {"attention.sliding_window": model["n_swa"], "rope.freq_base_swa": model["rope_base_swa"]}
+    shapes = common_shapes(model)
     for il in range(n_layer):
         shapes[f"blk.{il}.attn_q_norm.weight"] = shapes[f"blk.{il}.attn_k_norm.weight"] = (N_HEAD_DIM,)
         shapes[f"blk.{il}.post_attention_norm.weight"] = shapes[f"blk.{il}.post_ffw_norm.weight"] = (N_EMBD,)
-    tensors = _random_tensors(shapes, seed)
+    tensors = random_tensors(shapes, seed)
     for il in range(n_layer):
         tensors[f"blk.{il}.post_ffw_norm.weight"] *= np.float32(GEMMA3_FFN_SCALE)
-    return _write(path, model | tensors)
+    return write(path, model | tensors)
 
 
 def write_mamba(path: str | os.PathLike, seed: int = 0, n_layer: int = 2) -> Model:
     """Architecture mamba: recurrent layers only, for what has no K/V cache. No oracle."""
     d_conv, d_inner, d_state, dt_rank = 4, 2 * N_EMBD, 16, 8
-    model = {"arch": "mamba", "n_layer": n_layer, "norm_eps": NORM_EPS}
-    model["ssm"] = {"conv_kernel": d_conv, "inner_size": d_inner, "state_size": d_state, "time_step_rank": dt_rank}
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (len(VOCAB), N_EMBD), "output_norm.weight": (N_EMBD,)}
+    ssm = {"conv_kernel": d_conv, "inner_size": d_inner, "state_size": d_state, "time_step_rank": dt_rank}
+    model = {"arch": "mamba", "n_layer": n_layer, "metadata": {f"ssm.{key}": value for key, value in ssm.items()}}
+    layer = {
+        "attn_norm.weight": (N_EMBD,),
+        "ssm_in.weight": (2 * d_inner, N_EMBD),
+        "ssm_conv1d.weight": (d_inner, d_conv),
+        "ssm_conv1d.bias": (d_inner,),
+        "ssm_x.weight": (dt_rank + 2 * d_state, d_inner),
+        "ssm_dt.weight": (d_inner, dt_rank),
+        "ssm_dt.bias": (d_inner,),
+        "ssm_a": (d_inner, d_state),
+        "ssm_d": (d_inner,),
+        "ssm_out.weight": (N_EMBD, d_inner),
+    }
+    shapes = outer_shapes()
     for il in range(n_layer):
-        layer = {
-            "attn_norm.weight": (N_EMBD,),
-            "ssm_in.weight": (2 * d_inner, N_EMBD),
-            "ssm_conv1d.weight": (d_inner, d_conv),
-            "ssm_conv1d.bias": (d_inner,),
-            "ssm_x.weight": (dt_rank + 2 * d_state, d_inner),
-            "ssm_dt.weight": (d_inner, dt_rank),
-            "ssm_dt.bias": (d_inner,),
-            "ssm_a": (d_inner, d_state),
-            "ssm_d": (d_inner,),
-            "ssm_out.weight": (N_EMBD, d_inner),
-        }
-        shapes |= {f"blk.{il}.{name}": shape for name, shape in layer.items()}
-    tensors = _random_tensors(shapes, seed)
+        shapes |= layer_shapes(il, layer)
+    tensors = random_tensors(shapes, seed)
     for il in range(n_layer):
         tensors[f"blk.{il}.ssm_a"] = -np.abs(tensors[f"blk.{il}.ssm_a"])  # a state that decays
-    return _write(path, model | tensors)
+    return write(path, model | tensors)
 
 
-def _hyperparameters(arch: str, n_layer: int, rope_base: float) -> Model:
+def hyperparameters(arch: str, n_layer: int, rope_base: float) -> Model:
+    """Of a transformer with the widths above."""
     return {
         "arch": arch,
         "n_layer": n_layer,
@@ -96,38 +114,48 @@ def _hyperparameters(arch: str, n_layer: int, rope_base: float) -> Model:
         "n_head_dim": N_HEAD_DIM,
         "norm_eps": NORM_EPS,
         "rope_base": rope_base,
+        "metadata": {
+            "feed_forward_length": N_FF,
+            "attention.head_count": N_HEAD,
+            "attention.head_count_kv": N_HEAD_KV,
+            "attention.key_length": N_HEAD_DIM,
+            "attention.value_length": N_HEAD_DIM,
+            "rope.freq_base": rope_base,
+        },
     }
 
 
-def _common_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (len(VOCAB), N_EMBD), "output_norm.weight": (N_EMBD,)}
+def common_shapes(model: Model) -> Shapes:
+    """The tensors of a transformer with the widths above, the output matrix tied to the embedding."""
+    shapes = outer_shapes()
     for il in range(model["n_layer"]):
-        layer = {
-            "attn_norm": (N_EMBD,),
-            "attn_q": (N_HEAD * N_HEAD_DIM, N_EMBD),
-            "attn_k": (N_HEAD_KV * N_HEAD_DIM, N_EMBD),
-            "attn_v": (N_HEAD_KV * N_HEAD_DIM, N_EMBD),
-            "attn_output": (N_EMBD, N_HEAD * N_HEAD_DIM),
-            "ffn_norm": (N_EMBD,),
-            "ffn_gate": (N_FF, N_EMBD),
-            "ffn_up": (N_FF, N_EMBD),
-            "ffn_down": (N_EMBD, N_FF),
-        }
-        shapes |= {f"blk.{il}.{name}.weight": shape for name, shape in layer.items()}
+        shapes |= layer_shapes(il, ATTENTION | FEED_FORWARD)
     return shapes
 
 
-def _random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+def outer_shapes() -> Shapes:
+    """What is not in a layer."""
+    return {"token_embd.weight": (len(VOCAB), N_EMBD), "output_norm.weight": (N_EMBD,)}
+
+
+def layer_shapes(il: int, shapes: Shapes) -> Shapes:
+    """Tensor names with the layer's number before them."""
+    return {f"blk.{il}.{name}": shape for name, shape in shapes.items()}
+
+
+def random_tensors(shapes: Shapes, seed: int) -> dict[str, np.ndarray]:
     """Norms about 1, matrices that keep the size of a vector: a layer moves the stream by about the stream's size."""
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, shape in shapes.items():
-        values = rng.uniform(0.5, 1.5, shape) if len(shape) == 1 else rng.normal(0.0, shape[-1] ** -0.5, shape)
+        is_vector = len(shape) == 1 or "norm" in name
+        values = rng.uniform(0.5, 1.5, shape) if is_vector else rng.normal(0.0, shape[-1] ** -0.5, shape)
         tensors[name] = values.astype(np.float32)
     return tensors
 
 
-def _write(path: str | os.PathLike, model: Model) -> Model:
+def write(path: str | os.PathLike, model: Model) -> Model:
+    """Write every array and the metadata of `model`, with a tokenizer; returns `model`."""
     writer = gguf.GGUFWriter(os.fspath(path), model["arch"])
     writer.add_name(f"tiny {model['arch']}")
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
@@ -135,18 +163,9 @@ def _write(path: str | os.PathLike, model: Model) -> Model:
     writer.add_block_count(model["n_layer"])
     writer.add_embedding_length(N_EMBD)
     writer.add_layer_norm_rms_eps(NORM_EPS)
-    for key, value in model.get("ssm", {}).items():
-        writer.add_uint32(f"{model['arch']}.ssm.{key}", value)
-    if "n_head" in model:
-        writer.add_feed_forward_length(N_FF)
-        writer.add_head_count(N_HEAD)
-        writer.add_head_count_kv(N_HEAD_KV)
-        writer.add_key_length(N_HEAD_DIM)
-        writer.add_value_length(N_HEAD_DIM)
-        writer.add_rope_freq_base(model["rope_base"])
-    if "n_swa" in model:
-        writer.add_sliding_window(model["n_swa"])
-        writer.add_rope_freq_base_swa(model["rope_base_swa"])
+    for key, value in model["metadata"].items():
+        kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(f"{model['arch']}.{key}", value, kind)
 
     writer.add_tokenizer_model("llama")
     writer.add_token_list([text for text, _ in VOCAB])

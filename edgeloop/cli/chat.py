@@ -79,7 +79,7 @@ class ChatSession:
         loop = self.llm.loop
         if loop.is_off:
             return "loop off"
-        extra = self.llm.loop_kv_size()
+        extra = self.llm.loop_memory_size()
         memory = f", {size(extra)} more keys and values" if extra else ""
         return f"loop {loop}, {loop.cost(self.llm.n_layer):.2f} times the layers{memory}"
 

@@ -53,7 +53,7 @@ def inspect(
             "layer_order": resolved.expanded(info.n_layer),
             "cost_ratio": round(resolved.cost(info.n_layer), 4),
             "bytes_ratio": round(info.predicted_cost(resolved), 4),
-            "loop_kv_bytes": info.loop_kv_bytes(resolved, n_ctx),
+            "loop_memory_bytes": info.loop_memory_bytes(resolved, n_ctx),
         }
     if json:
         import json as j
@@ -81,7 +81,7 @@ def _rows(facts: dict):
         yield "loop", facts["loop"]
         yield "layer order", _ranges(facts["layer_order"])
         yield "cost", f"{facts['cost_ratio']:.2f} times the layers, {facts['bytes_ratio']:.2f} times the bytes read for a token"
-        extra = facts["loop_kv_bytes"]
+        extra = facts["loop_memory_bytes"]
         yield "extra memory", f"{size(extra)} of keys and values at {facts['context']:,} tokens" if extra else "none"
 
 

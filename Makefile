@@ -7,7 +7,7 @@ LOOP   ?= 12-14x3
 SOURCES := pyproject.toml CMakeLists.txt cmake/upstream.py $(wildcard patches/*) $(wildcard native/*) \
            $(shell find edgeloop -name '*.py' -not -path '*/_vendor/*')
 
-.PHONY: chat test test-slow wheel clean
+.PHONY: chat test test-slow architectures architectures-check wheel clean
 
 ## talk to the demo model; PROMPT="..." answers once and exits; MODEL=file.gguf LOOP=12-20x3 for others
 chat: $(VENV)/.installed
@@ -20,6 +20,10 @@ test: $(VENV)/.installed-test
 ## the tests that take minutes
 test-slow: $(VENV)/.installed-test
 	EDGELOOP_WHEEL="$$(ls $(CURDIR)/build/wheel/*.whl)" $(BIN)/pytest -m slow -o addopts="-ra --strict-markers" --timeout 3000
+
+## loop every architecture of upstream's own test and write docs/architectures.md (ten minutes); -check fails when it is stale
+architectures architectures-check: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/architectures.py $(if $(findstring check,$@),--check)
 
 ## a wheel in dist/
 wheel: $(VENV)/.installed

@@ -31,10 +31,19 @@ _WINDOW_PATTERN = {"gemma2": 2, "gemma3": 6, "cohere2": 4, "olmo2": 4, "exaone4"
 # nothing but the sliding window depends on a layer's number
 _EXPORTABLE = {
     *_WINDOW_PATTERN,
-    *("apertus", "arcee", "baichuan", "command-r", "exaone", "gemma", "internlm2", "llama", "mistral3", "nemotron"),
+    *("apertus", "arcee", "command-r", "exaone", "gemma", "internlm2", "llama", "mistral3", "nemotron"),
     *("olmo", "olmoe", "orion", "phi2", "qwen", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "seed_oss", "stablelm"),
-    *("starcoder2", "xverse"),
+    *("starcoder2", "xverse", "mamba", "mamba2", "lfm2"),
 }
+
+# upstream takes a model of this many layers for another size of the family and computes differently
+_SPECIAL_COUNTS = {"gemma2": {46}, "gemma3": {62}, "exaone4": {64}}
+
+# upstream has this count in its source, not in the file
+_GEMMA3N_LAYERS_WITH_KV = 20
+
+# one of these says that a layer keeps a recurrent state, whose size upstream computes for each architecture
+_RECURRENT_KEYS = ("ssm.conv_kernel", "ssm.state_size", "shortconv.l_cache", "wkv.head_size", "kda.head_dim")
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
@@ -63,8 +72,13 @@ class ModelInfo:
         """Bytes of the plain model's K/V cache at a context size (sliding-window layers at full size)."""
         return sum(self.kv_bytes_per_cell) * kv_cells(n_ctx)
 
-    def loop_memory_bytes(self, loop: Loop, n_ctx: int) -> int:
-        """Bytes of K/V that a loop adds at a context size: (passes - 1) times the span's with kv=own, else none."""
+    def loop_memory_bytes(self, loop: Loop, n_ctx: int) -> int | None:
+        """Bytes that a loop adds at a context size: (passes - 1) times the span's K/V with kv=own, else none.
+
+        None for models with recurrent states, which every pass has of its own: `Llama.loop_memory_size()` tells there.
+        """
+        if self.has_recurrent_state:
+            return None
         if loop.kv != "own":
             return 0
         spans = loop.resolve(self.n_layer).spans
@@ -108,9 +122,11 @@ def _info(gguf: GGUFFile) -> ModelInfo:
     n_head = per_layer("attention.head_count", 1)
     n_head_kv = per_layer("attention.head_count_kv", n_head[0])
     head_dim = n_embd // max(1, *n_head) if n_head else 0
-    width = number("attention.key_length", head_dim) + number("attention.value_length", head_dim)
-    n_shared = number("attention.shared_kv_layers", 0)
-    kv = [heads * width * F16_BYTES if il < n_layer - n_shared else 0 for il, heads in enumerate(n_head_kv)]
+    width = number("attention.key_length", head_dim)
+    if f"{arch}.attention.key_length_mla" not in meta:  # else V is read from the cached K
+        width += number("attention.value_length", head_dim)
+    n_with_kv = _GEMMA3N_LAYERS_WITH_KV if arch == "gemma3n" else n_layer - number("attention.shared_kv_layers", 0)
+    kv = [heads * width * F16_BYTES if il < n_with_kv else 0 for il, heads in enumerate(n_head_kv)]
 
     layer_sizes = [0] * n_layer
     for tensor in gguf.tensors:
@@ -132,7 +148,7 @@ def _info(gguf: GGUFFile) -> ModelInfo:
         token_bytes=sum(t.size for t in gguf.tensors if t.name not in unread),
         tensor_types=dict(Counter(t.type_name for t in gguf.tensors).most_common()),
         kv_bytes_per_cell=tuple(kv),
-        has_recurrent_state=f"{arch}.ssm.state_size" in meta or any(h == 0 for h in n_head_kv),
+        has_recurrent_state=any(f"{arch}.{key}" in meta for key in _RECURRENT_KEYS),
         metadata=meta,
         loop=meta.get(METADATA_KEY),
     )
@@ -169,6 +185,11 @@ def export(
         if info.architecture not in _EXPORTABLE:
             raise ModelError(f"{path}: layers of architecture '{info.architecture}' cannot be moved to other numbers")
         order = loop.expanded(info.n_layer)
+        if {info.n_layer, len(order)} & _SPECIAL_COUNTS.get(info.architecture, set()):
+            raise ModelError(
+                f"{path}: {info.architecture} with {info.n_layer} or {len(order)} layers computes differently from its relatives, "
+                "so the repeated model would not be this one"
+            )
 
         prefix = f"{info.architecture}."
         changes: dict[str, int | str | list] = {f"{prefix}block_count": len(order)}

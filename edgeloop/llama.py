@@ -87,7 +87,7 @@ class Llama(llama_cpp.Llama):
             self.loop = before
 
     def loop_memory_size(self) -> int:
-        """Bytes of keys and values that the loop holds beyond the plain model's; 0 unless kv=own."""
+        """Bytes that the loop holds beyond the plain model's: keys and values with kv=own, recurrent states always."""
         return native.loop_memory_size(self.ctx)
 
     def create_completion(self, *args: Any, loop: str | Loop | None = None, **kwargs: Any):

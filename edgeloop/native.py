@@ -83,5 +83,5 @@ def _check(code: int) -> bool:
 
 
 def loop_memory_size(ctx: int) -> int:
-    """Bytes of K/V that the loop holds beyond the plain model's."""
+    """Bytes of K/V and recurrent states that the loop holds beyond the plain model's."""
     return lib.llama_loop_memory_size(ctx)

@@ -262,13 +262,13 @@ def test_draft_model_and_embeddings_work_under_a_loop(demo_model, load):
 
 
 def test_what_cannot_be_looped_is_refused_by_name(tmp_path, load):
-    import tiny
+    import tiny_more
 
-    path = tmp_path / "mamba.gguf"
-    tiny.write_mamba(path)
+    path = tmp_path / "hrm.gguf"
+    tiny_more.write_hrm_text(path)
     llm = load(path, n_ctx=64)
     llm.eval([5, 6, 7])
-    with pytest.raises(LoopError, match="architecture 'mamba' cannot be looped"):
+    with pytest.raises(LoopError, match="architecture 'hrm_text' cannot be looped"):
         llm.loop = "0-1x2"
     assert llm.loop.is_off
     llm.eval([8])

@@ -82,7 +82,10 @@ def _rows(facts: dict):
         yield "layer order", _ranges(facts["layer_order"])
         yield "cost", f"{facts['cost_ratio']:.2f} times the layers, {facts['bytes_ratio']:.2f} times the bytes read for a token"
         extra = facts["loop_memory_bytes"]
-        yield "extra memory", f"{size(extra)} of keys and values at {facts['context']:,} tokens" if extra else "none"
+        if extra is None:
+            yield "extra memory", "a recurrent state for every further pass; keys and values with kv=own"
+        else:
+            yield "extra memory", f"{size(extra)} of keys and values at {facts['context']:,} tokens" if extra else "none"
 
 
 def _ranges(order: list[int]) -> str:

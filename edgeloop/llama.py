@@ -63,7 +63,7 @@ class Llama(llama_cpp.Llama):
             return
         spans = [native.NativeSpan(s.first, s.last, m) for s, m in zip(loop.spans, loop.mixes())]
         try:
-            native.set_loop(self.ctx, spans, loop.unit, loop.kv)
+            native.set_loop(self.ctx, spans, loop.unit, loop.kv, loop.routing)
         except native.NativeLoopError as error:
             raise LoopError(str(error)) from error
         self._loop = loop

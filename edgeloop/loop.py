@@ -30,8 +30,9 @@ MAX_WEIGHT = 10.0
 DEFAULT_SOLVER = "euler"
 UNITS = ("block", "layer")
 KV_MODES = ("frozen", "own", "first", "last")
+ROUTINGS = ("free", "frozen")
 
-_KEYS = {"unit", "kv", "weights", *(name for solver in SOLVERS.values() for name in solver.parameters)}
+_KEYS = {"unit", "kv", "routing", "weights", *(name for solver in SOLVERS.values() for name in solver.parameters)}
 _SPAN = re.compile(r"(\d{1,4}(?:\.\d{1,4})?)(%?)-(\d{1,4}(?:\.\d{1,4})?)(%?)x(\d{1,4})")
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?", re.IGNORECASE)  # MAX_SPEC_CHARS bounds it
 
@@ -70,6 +71,7 @@ class Loop:
     parameters: tuple[tuple[str, float | tuple[float, ...]], ...] = ()
     unit: str = "block"
     kv: str = "frozen"
+    routing: str = "free"
     is_auto: bool = field(default=False)
 
     @classmethod
@@ -95,6 +97,7 @@ class Loop:
         options += [f"{name}={_format_value(value)}" for name, value in self.parameters]
         options += [f"unit={self.unit}"] * (self.unit != "block")
         options += [f"kv={self.kv}"] * (self.kv != "frozen")
+        options += [f"routing={self.routing}"] * (self.routing != "free")
         return "+".join(map(str, self.spans)) + (":" + ",".join(options) if options else "")
 
     def resolve(self, n_layer: int) -> Loop:
@@ -221,6 +224,7 @@ def _parse_options(spans: tuple[Span, ...], options: list[str]) -> Loop:
 
     unit = _choice("unit", values.pop("unit", "block"), UNITS)
     kv = _choice("kv", values.pop("kv", "frozen"), KV_MODES)
+    routing = _choice("routing", values.pop("routing", "free"), ROUTINGS)
 
     chosen = SOLVERS[solver]
     parameters: list[tuple[str, float | tuple[float, ...]]] = []
@@ -236,9 +240,9 @@ def _parse_options(spans: tuple[Span, ...], options: list[str]) -> Loop:
     if chosen.takes_weights:
         parameters.append(("weights", _weights(values.pop("weights", None), spans)))
     if values:
-        allowed = [*chosen.parameters, *["weights"] * chosen.takes_weights, "unit", "kv"]
+        allowed = [*chosen.parameters, *["weights"] * chosen.takes_weights, "unit", "kv", "routing"]
         raise LoopError(f"'{next(iter(values))}' is not a key of {solver}; it takes {', '.join(allowed)}")
-    return Loop(spans, solver, tuple(parameters), unit, kv)
+    return Loop(spans, solver, tuple(parameters), unit, kv, routing)
 
 
 def _check_passes(loop: Loop) -> None:

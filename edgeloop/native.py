@@ -9,6 +9,7 @@ from llama_cpp.llama_cpp import _lib as lib
 
 UNITS = {"block": 0, "layer": 1}
 KV_MODES = {"frozen": 0, "own": 1, "first": 2, "last": 3}
+ROUTINGS = {"free": 0, "frozen": 1}
 
 
 class NativeLoopError(Exception):
@@ -34,6 +35,7 @@ class llama_loop_params(ctypes.Structure):
         ("n_spans", ctypes.c_int32),
         ("unit", ctypes.c_int),
         ("kv", ctypes.c_int),
+        ("routing", ctypes.c_int),
     ]
 
 
@@ -54,7 +56,7 @@ class NativeSpan:
     mix: list[list[float]]  # lower-triangular rows, row i with i + 1 entries
 
 
-def set_loop(ctx: int, spans: list[NativeSpan], unit: str = "block", kv: str = "frozen") -> bool:
+def set_loop(ctx: int, spans: list[NativeSpan], unit: str = "block", kv: str = "frozen", routing: str = "free") -> bool:
     """Set the loop of a llama_context; no spans turn it off.
 
     Returns True when room for more K/V had to be made and the context's memory was cleared.
@@ -72,7 +74,7 @@ def set_loop(ctx: int, spans: list[NativeSpan], unit: str = "block", kv: str = "
         keep.append(mix)
         c_span.first, c_span.last, c_span.n_passes = span.first, span.last, passes
         c_span.mix = ctypes.cast(mix, ctypes.POINTER(ctypes.c_float))
-    params = llama_loop_params(array, len(spans), UNITS[unit], KV_MODES[kv])
+    params = llama_loop_params(array, len(spans), UNITS[unit], KV_MODES[kv], ROUTINGS[routing])
     return _check(lib.llama_set_loop(ctx, ctypes.byref(params)))
 
 

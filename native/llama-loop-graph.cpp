@@ -31,6 +31,16 @@ static void loop_terms_clean(loop_terms & terms) {
     terms = std::move(res);
 }
 
+// the rows that the builder keeps in its last layer
+static ggml_tensor * loop_out_ids(const llm_graph_result & res) {
+    for (const auto & input : res.inputs) {
+        if (const auto * inp = dynamic_cast<const llm_graph_input_out_ids *>(input.get())) {
+            return inp->out_ids;
+        }
+    }
+    GGML_ABORT("rows were dropped without out_ids");
+}
+
 int llm_graph_context::loop_begin(ggml_tensor *& inpL) {
     loop    = {};
     loop.il = -1;
@@ -57,6 +67,7 @@ int llm_graph_context::loop_next(ggml_tensor *& inpL) {
         inpL = loop_mix(block);
 
         loop.il = loop.pass.i + 1 < block.n_passes ? block.first : block.last + 1;
+        loop.i_routing = 0;
 
         if (loop.il == block.first) {
             loop.x.push_back(inpL);
@@ -69,6 +80,7 @@ int llm_graph_context::loop_next(ggml_tensor *& inpL) {
             loop.pass = {};
             loop.x.clear();
             loop.g.clear();
+            loop.routing_first.clear();
         }
     } else {
         loop.il++;
@@ -126,19 +138,9 @@ ggml_tensor * llm_graph_context::loop_mix(const llama_loop_block & block) {
     // the last layer of the model may have kept the rows with outputs only
     const int64_t n_rows = loop.g[i]->ne[1];
 
-    ggml_tensor * out_ids = nullptr;
-    if (loop.x[0]->ne[1] != n_rows) {
-        for (const auto & input : res->inputs) {
-            if (const auto * inp = dynamic_cast<const llm_graph_input_out_ids *>(input.get())) {
-                out_ids = inp->out_ids;
-            }
-        }
-        GGML_ASSERT(out_ids && out_ids->ne[0] == n_rows);
-    }
-
     ggml_tensor * cur = nullptr;
     for (const auto & [t, coef] : terms) {
-        ggml_tensor * term = t->ne[1] != n_rows ? ggml_get_rows(ctx0, t, out_ids) : t;
+        ggml_tensor * term = t->ne[1] != n_rows ? ggml_get_rows(ctx0, t, loop_out_ids(*res)) : t;
 
         if (std::fabs(coef - 1.0) > LOOP_COEF_EPS) {
             term = ggml_scale(ctx0, term, (float) coef);
@@ -158,6 +160,30 @@ void llm_graph_context::loop_reuse_kv(ggml_tensor *& k_cur, ggml_tensor *& v_cur
         loop.kv_first[il] = { k_cur, v_cur };
     } else {
         std::tie(k_cur, v_cur) = loop.kv_first.at(il);
+    }
+}
+
+void llm_graph_context::loop_reuse_routing(ggml_tensor *& selected_experts, ggml_tensor *& weights) const {
+    if (!loop.pass.is_looped || cparams.loop->params.routing != LLAMA_LOOP_ROUTING_FROZEN) {
+        return;
+    }
+    if (loop.pass.i == 0) {
+        loop.routing_first.emplace_back(selected_experts, weights);
+        return;
+    }
+
+    const int64_t n_rows = weights->ne[2];
+
+    std::tie(selected_experts, weights) = loop.routing_first.at(loop.i_routing++);
+
+    if (weights->ne[2] != n_rows) {
+        ggml_tensor * out_ids = loop_out_ids(*res);
+
+        selected_experts = ggml_get_rows(ctx0, selected_experts, out_ids);
+
+        weights = ggml_reshape_2d(ctx0, weights, weights->ne[1], weights->ne[2]);
+        weights = ggml_get_rows  (ctx0, weights, out_ids);
+        weights = ggml_reshape_3d(ctx0, weights, 1, weights->ne[0], weights->ne[1]);
     }
 }
 

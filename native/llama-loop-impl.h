@@ -65,6 +65,10 @@ struct llama_loop_cursor {
 
     // models without a cache: the first pass's K and V of each layer
     mutable std::map<int, std::pair<ggml_tensor *, ggml_tensor *>> kv_first;
+
+    // routing = frozen: the first pass's experts and weights, in the order in which the layers of the block route
+    mutable std::vector<std::pair<ggml_tensor *, ggml_tensor *>> routing_first;
+    mutable size_t i_routing = 0;
 };
 
 // does the graph builder of this architecture go through llm_graph_context::loop_next()?

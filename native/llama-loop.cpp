@@ -30,7 +30,9 @@ uint32_t llama_loop::n_nodes_max(uint32_t n_nodes_plain) const {
 }
 
 // null when the parameters are wrong, error then says why
-static std::shared_ptr<const llama_loop> loop_init(const llama_loop_params & params, int32_t n_layer, std::string & error) {
+static std::shared_ptr<const llama_loop> loop_init(const llama_loop_params & params, const llama_hparams & hparams, std::string & error) {
+    const int32_t n_layer = hparams.n_layer();
+
     auto res = std::make_shared<llama_loop>();
 
     res->n_layer = n_layer;
@@ -49,6 +51,15 @@ static std::shared_ptr<const llama_loop> loop_init(const llama_loop_params & par
     }
     if (params.kv < LLAMA_LOOP_KV_FROZEN || params.kv > LLAMA_LOOP_KV_LAST) {
         error = format("kv mode %d is unknown", (int) params.kv);
+        return nullptr;
+    }
+
+    if (params.routing != LLAMA_LOOP_ROUTING_FREE && params.routing != LLAMA_LOOP_ROUTING_FROZEN) {
+        error = format("routing %d is unknown", (int) params.routing);
+        return nullptr;
+    }
+    if (params.routing == LLAMA_LOOP_ROUTING_FROZEN && hparams.n_expert == 0) {
+        error = "the model has no experts whose routing could be frozen";
         return nullptr;
     }
 
@@ -120,7 +131,7 @@ static bool loop_is_same(const llama_loop * a, const llama_loop * b) {
     if (!a || !b) {
         return a == b;
     }
-    if (a->params.unit != b->params.unit || a->params.kv != b->params.kv || a->mixes != b->mixes) {
+    if (a->params.unit != b->params.unit || a->params.kv != b->params.kv || a->params.routing != b->params.routing || a->mixes != b->mixes) {
         return false;
     }
     for (size_t s = 0; s < a->spans.size(); ++s) {
@@ -274,6 +285,7 @@ llama_loop_params llama_loop_default_params() {
         /*.n_spans =*/ 0,
         /*.unit    =*/ LLAMA_LOOP_UNIT_BLOCK,
         /*.kv      =*/ LLAMA_LOOP_KV_FROZEN,
+        /*.routing =*/ LLAMA_LOOP_ROUTING_FREE,
     };
 }
 
@@ -289,7 +301,7 @@ int32_t llama_set_loop(llama_context * ctx, const llama_loop_params * params) {
         std::shared_ptr<const llama_loop> loop;
 
         if (params) {
-            loop = loop_init(*params, ctx->get_model().hparams.n_layer(), loop_last_error);
+            loop = loop_init(*params, ctx->get_model().hparams, loop_last_error);
             if (!loop) {
                 return LLAMA_LOOP_ERROR_INVALID;
             }

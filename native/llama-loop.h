@@ -44,6 +44,12 @@ extern "C" {
         LLAMA_LOOP_KV_LAST   = 3, // this batch's of the same pass, older tokens' last; keeps the last pass's
     };
 
+    // the experts of mixture-of-experts layers in the passes after the first
+    enum llama_loop_routing {
+        LLAMA_LOOP_ROUTING_FREE   = 0, // each pass selects its own
+        LLAMA_LOOP_ROUTING_FROZEN = 1, // the first pass's, with its weights
+    };
+
     struct llama_loop_span {
         int32_t first;    // layers, both inclusive, 0-based
         int32_t last;
@@ -57,11 +63,12 @@ extern "C" {
 
         int32_t n_spans;
 
-        enum llama_loop_unit unit;
-        enum llama_loop_kv   kv;
+        enum llama_loop_unit    unit;
+        enum llama_loop_kv      kv;
+        enum llama_loop_routing routing;
     };
 
-    // No spans, unit = block, kv = frozen.
+    // No spans, unit = block, kv = frozen, routing = free.
     LLAMA_API struct llama_loop_params llama_loop_default_params(void);
 
     // Set the loop of a context; NULL turns it off. May be called between any two decodes; the parameters are copied.

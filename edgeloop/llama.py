@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from contextlib import ExitStack, contextmanager
-from typing import Any, Iterator
+from typing import Any, Generator, Iterator, Sequence
 
 import llama_cpp
 from llama_cpp.llama_cache import BaseLlamaCache
@@ -36,6 +36,7 @@ class Llama(llama_cpp.Llama):
         wanted = Loop.parse(loop)
         check_magic(model_path)
         self._loop = OFF
+        self._in_prompt = self._is_generating = False
         with log.collect_errors() as errors:
             try:
                 super().__init__(os.fspath(model_path), verbose=verbose, **kwargs)
@@ -63,7 +64,7 @@ class Llama(llama_cpp.Llama):
             return
         spans = [native.NativeSpan(s.first, s.last, m) for s, m in zip(loop.spans, loop.mixes())]
         try:
-            native.set_loop(self.ctx, spans, loop.unit, loop.kv, loop.routing)
+            native.set_loop(self.ctx, spans, loop.unit, loop.kv, loop.routing, loop.scope)
         except native.NativeLoopError as error:
             raise LoopError(str(error)) from error
         self._loop = loop
@@ -85,6 +86,28 @@ class Llama(llama_cpp.Llama):
             yield self
         finally:
             self.loop = before
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """`llama_cpp.Llama.eval`; several tokens, or any before the first generated one, are a prompt for the loop's scope."""
+        native.set_phase(self.ctx, "gen" if self._is_generating or len(tokens) == 1 and not self._in_prompt else "prompt")
+        super().eval(tokens)
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """`llama_cpp.Llama.generate`; drafted tokens are generated ones for the loop's scope."""
+        steps = super().generate(tokens, *args, **kwargs)
+        self._in_prompt = True
+        try:
+            token = next(steps, None)
+            self._in_prompt, self._is_generating = False, True
+            while token is not None:
+                more = yield token
+                try:
+                    token = steps.send(more)
+                except StopIteration:
+                    return
+        finally:
+            self._in_prompt = self._is_generating = False
+            steps.close()
 
     def loop_memory_size(self) -> int:
         """Bytes that the loop holds beyond the plain model's: keys and values with kv=own, recurrent states always."""

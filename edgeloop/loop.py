@@ -31,8 +31,9 @@ DEFAULT_SOLVER = "euler"
 UNITS = ("block", "layer")
 KV_MODES = ("frozen", "own", "first", "last")
 ROUTINGS = ("free", "frozen")
+SCOPES = ("all", "prompt", "gen")
 
-_KEYS = {"unit", "kv", "routing", "weights", *(name for solver in SOLVERS.values() for name in solver.parameters)}
+_KEYS = {"unit", "kv", "scope", "routing", "weights", *(name for solver in SOLVERS.values() for name in solver.parameters)}
 _SPAN = re.compile(r"(\d{1,4}(?:\.\d{1,4})?)(%?)-(\d{1,4}(?:\.\d{1,4})?)(%?)x(\d{1,4})")
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?", re.IGNORECASE)  # MAX_SPEC_CHARS bounds it
 
@@ -72,6 +73,7 @@ class Loop:
     unit: str = "block"
     kv: str = "frozen"
     routing: str = "free"
+    scope: str = "all"
     is_auto: bool = field(default=False)
 
     @classmethod
@@ -97,6 +99,7 @@ class Loop:
         options += [f"{name}={_format_value(value)}" for name, value in self.parameters]
         options += [f"unit={self.unit}"] * (self.unit != "block")
         options += [f"kv={self.kv}"] * (self.kv != "frozen")
+        options += [f"scope={self.scope}"] * (self.scope != "all")
         options += [f"routing={self.routing}"] * (self.routing != "free")
         return "+".join(map(str, self.spans)) + (":" + ",".join(options) if options else "")
 
@@ -224,6 +227,9 @@ def _parse_options(spans: tuple[Span, ...], options: list[str]) -> Loop:
 
     unit = _choice("unit", values.pop("unit", "block"), UNITS)
     kv = _choice("kv", values.pop("kv", "frozen"), KV_MODES)
+    scope = _choice("scope", values.pop("scope", "all"), SCOPES)
+    if scope != "all" and kv == "last":
+        raise LoopError(f"scope={scope} does not go with kv=last, which keeps K/V that tokens outside the scope do not have")
     routing = _choice("routing", values.pop("routing", "free"), ROUTINGS)
 
     chosen = SOLVERS[solver]
@@ -240,9 +246,9 @@ def _parse_options(spans: tuple[Span, ...], options: list[str]) -> Loop:
     if chosen.takes_weights:
         parameters.append(("weights", _weights(values.pop("weights", None), spans)))
     if values:
-        allowed = [*chosen.parameters, *["weights"] * chosen.takes_weights, "unit", "kv", "routing"]
+        allowed = [*chosen.parameters, *["weights"] * chosen.takes_weights, "unit", "kv", "scope", "routing"]
         raise LoopError(f"'{next(iter(values))}' is not a key of {solver}; it takes {', '.join(allowed)}")
-    return Loop(spans, solver, tuple(parameters), unit, kv, routing)
+    return Loop(spans, solver, tuple(parameters), unit, kv, routing, scope)
 
 
 def _check_passes(loop: Loop) -> None:

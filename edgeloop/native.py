@@ -10,6 +10,8 @@ from llama_cpp.llama_cpp import _lib as lib
 UNITS = {"block": 0, "layer": 1}
 KV_MODES = {"frozen": 0, "own": 1, "first": 2, "last": 3}
 ROUTINGS = {"free": 0, "frozen": 1}
+SCOPES = {"all": 0, "prompt": 1, "gen": 2}
+PHASES = {"auto": 0, "prompt": 1, "gen": 2}
 
 
 class NativeLoopError(Exception):
@@ -36,11 +38,14 @@ class llama_loop_params(ctypes.Structure):
         ("unit", ctypes.c_int),
         ("kv", ctypes.c_int),
         ("routing", ctypes.c_int),
+        ("scope", ctypes.c_int),
     ]
 
 
 lib.llama_set_loop.argtypes = [ctypes.c_void_p, ctypes.POINTER(llama_loop_params)]
 lib.llama_set_loop.restype = ctypes.c_int32
+lib.llama_loop_set_phase.argtypes = [ctypes.c_void_p, ctypes.c_int]
+lib.llama_loop_set_phase.restype = None
 lib.llama_get_loop.argtypes = [ctypes.c_void_p]
 lib.llama_get_loop.restype = ctypes.POINTER(llama_loop_params)
 lib.llama_loop_memory_size.argtypes = [ctypes.c_void_p]
@@ -56,7 +61,9 @@ class NativeSpan:
     mix: list[list[float]]  # lower-triangular rows, row i with i + 1 entries
 
 
-def set_loop(ctx: int, spans: list[NativeSpan], unit: str = "block", kv: str = "frozen", routing: str = "free") -> bool:
+def set_loop(
+    ctx: int, spans: list[NativeSpan], unit: str = "block", kv: str = "frozen", routing: str = "free", scope: str = "all"
+) -> bool:
     """Set the loop of a llama_context; no spans turn it off.
 
     Returns True when room for more K/V had to be made and the context's memory was cleared.
@@ -74,8 +81,13 @@ def set_loop(ctx: int, spans: list[NativeSpan], unit: str = "block", kv: str = "
         keep.append(mix)
         c_span.first, c_span.last, c_span.n_passes = span.first, span.last, passes
         c_span.mix = ctypes.cast(mix, ctypes.POINTER(ctypes.c_float))
-    params = llama_loop_params(array, len(spans), UNITS[unit], KV_MODES[kv], ROUTINGS[routing])
+    params = llama_loop_params(array, len(spans), UNITS[unit], KV_MODES[kv], ROUTINGS[routing], SCOPES[scope])
     return _check(lib.llama_set_loop(ctx, ctypes.byref(params)))
+
+
+def set_phase(ctx: int, phase: str) -> None:
+    """Say what the next batches hold: "prompt", "gen", or "auto" (one token of a sequence is generated, more are a prompt)."""
+    lib.llama_loop_set_phase(ctx, PHASES[phase])
 
 
 def _check(code: int) -> bool:

@@ -41,15 +41,48 @@ static ggml_tensor * loop_out_ids(const llm_graph_result & res) {
     GGML_ABORT("rows were dropped without out_ids");
 }
 
+class llm_graph_input_loop_mask : public llm_graph_input_i {
+public:
+    llm_graph_input_loop_mask(const llama_cparams & cparams) : mask(cparams.loop_mask) {}
+
+    void set_input(const llama_ubatch * ubatch) override {
+        GGML_ASSERT(mask && mask->size() == ubatch->n_tokens);
+        ggml_backend_tensor_set(tensor, mask->data(), 0, ggml_nbytes(tensor));
+    }
+
+    bool can_reuse(const llm_graph_params & params) override {
+        mask = params.cparams.loop_mask;
+        return mask && (int64_t) mask->size() == tensor->ne[1];
+    }
+
+    ggml_tensor * tensor = nullptr; // F32 [1, n_tokens]
+
+    std::shared_ptr<const std::vector<float>> mask;
+};
+
+const llama_loop * llm_graph_context::loop_get() const {
+    return cparams.loop_part == LLAMA_LOOP_PART_NONE ? nullptr : cparams.loop.get();
+}
+
 int llm_graph_context::loop_begin(ggml_tensor *& inpL) {
     loop    = {};
     loop.il = -1;
+
+    if (loop_get() && cparams.loop_part == LLAMA_LOOP_PART_SOME) {
+        auto inp = std::make_unique<llm_graph_input_loop_mask>(cparams);
+
+        loop.mask = inp->tensor = ggml_new_tensor_2d(ctx0, GGML_TYPE_F32, 1, n_tokens);
+        ggml_set_input(loop.mask);
+        ggml_set_name (loop.mask, "loop_mask");
+
+        res->add_input(std::move(inp));
+    }
 
     return loop_next(inpL);
 }
 
 int llm_graph_context::loop_next(ggml_tensor *& inpL) {
-    const llama_loop * lp = cparams.loop.get();
+    const llama_loop * lp = loop_get();
 
     if (!lp) {
         return ++loop.il;
@@ -146,6 +179,14 @@ ggml_tensor * llm_graph_context::loop_mix(const llama_loop_block & block) {
             term = ggml_scale(ctx0, term, (float) coef);
         }
         cur = cur ? ggml_add(ctx0, cur, term) : term;
+    }
+    // tokens outside the scope leave the span as after the first pass
+    if (loop.mask && i + 1 == block.n_passes) {
+        const auto rows = [&](ggml_tensor * t) { return t->ne[1] != n_rows ? ggml_get_rows(ctx0, t, loop_out_ids(*res)) : t; };
+
+        ggml_tensor * plain = rows(loop.g[0]);
+
+        cur = ggml_add(ctx0, plain, ggml_mul(ctx0, ggml_sub(ctx0, cur, plain), rows(loop.mask)));
     }
     cb(cur, "loop_x", block.last);
 

@@ -43,6 +43,13 @@ struct llama_loop {
     uint32_t n_nodes_max(uint32_t n_nodes_plain) const;
 };
 
+// which tokens of a ubatch are in the loop's scope
+enum llama_loop_part {
+    LLAMA_LOOP_PART_ALL,
+    LLAMA_LOOP_PART_SOME, // the mask says which
+    LLAMA_LOOP_PART_NONE, // the plain model
+};
+
 // the pass that the layers being built belong to. kv says nothing of recurrent states: each pass has its own
 struct llama_loop_pass {
     int32_t       i  = 0;
@@ -65,6 +72,8 @@ struct llama_loop_cursor {
 
     // models without a cache: the first pass's K and V of each layer
     mutable std::map<int, std::pair<ggml_tensor *, ggml_tensor *>> kv_first;
+
+    ggml_tensor * mask = nullptr; // [1, n_tokens], 1 for tokens in the scope; null: all are
 
     // routing = frozen: the first pass's experts and weights, in the order in which the layers of the block route
     mutable std::vector<std::pair<ggml_tensor *, ggml_tensor *>> routing_first;

@@ -23,8 +23,8 @@ int32_t llama_loop::n_visits() const {
 uint32_t llama_loop::n_nodes_max(uint32_t n_nodes_plain) const {
     uint64_t res = (uint64_t) n_nodes_plain*n_visits()/n_layer;
     for (const auto & block : blocks) {
-        // the sum after pass i has at most 2*i + 3 terms of three nodes each
-        res += 3u*block.n_passes*(block.n_passes + 2u);
+        // the sum after pass i has at most 2*i + 3 terms of three nodes each; the scope takes six
+        res += 3u*block.n_passes*(block.n_passes + 2u) + 6u;
     }
     return res;
 }
@@ -60,6 +60,15 @@ static std::shared_ptr<const llama_loop> loop_init(const llama_loop_params & par
     }
     if (params.routing == LLAMA_LOOP_ROUTING_FROZEN && hparams.n_expert == 0) {
         error = "the model has no experts whose routing could be frozen";
+        return nullptr;
+    }
+
+    if (params.scope < LLAMA_LOOP_SCOPE_ALL || params.scope > LLAMA_LOOP_SCOPE_GEN) {
+        error = format("scope %d is unknown", (int) params.scope);
+        return nullptr;
+    }
+    if (params.scope != LLAMA_LOOP_SCOPE_ALL && params.kv == LLAMA_LOOP_KV_LAST) {
+        error = "kv=last keeps the last pass's K/V, which tokens outside the scope do not have; use another kv or scope=all";
         return nullptr;
     }
 
@@ -131,7 +140,7 @@ static bool loop_is_same(const llama_loop * a, const llama_loop * b) {
     if (!a || !b) {
         return a == b;
     }
-    if (a->params.unit != b->params.unit || a->params.kv != b->params.kv || a->params.routing != b->params.routing || a->mixes != b->mixes) {
+    if (a->params.unit != b->params.unit || a->params.kv != b->params.kv || a->params.routing != b->params.routing || a->params.scope != b->params.scope || a->mixes != b->mixes) {
         return false;
     }
     for (size_t s = 0; s < a->spans.size(); ++s) {
@@ -261,7 +270,8 @@ int32_t llama_context::set_loop(std::shared_ptr<const llama_loop> loop, std::str
         }
     }
 
-    cparams.loop = std::move(loop);
+    cparams.loop      = std::move(loop);
+    cparams.loop_part = cparams.loop && cparams.loop->params.scope != LLAMA_LOOP_SCOPE_ALL ? LLAMA_LOOP_PART_SOME : LLAMA_LOOP_PART_ALL;
 
     gf_res_prev_active = nullptr;
     loop_forget_plan(sched.get());
@@ -275,6 +285,46 @@ int32_t llama_context::set_loop(std::shared_ptr<const llama_loop> loop, std::str
     return res;
 }
 
+void llama_context::loop_prepare(const llama_ubatch & ubatch) {
+    cparams.loop_part = LLAMA_LOOP_PART_ALL;
+    cparams.loop_mask = nullptr;
+
+    const auto * loop = cparams.loop.get();
+
+    if (!loop || loop->params.scope == LLAMA_LOOP_SCOPE_ALL) {
+        return;
+    }
+
+    // the whole batch decides, not the part of it that happens to be in this ubatch
+    const auto & batch = balloc->get_batch();
+
+    std::vector<uint32_t> n_seq_tokens(LLAMA_MAX_SEQ, 0);
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        n_seq_tokens[batch.seq_id[i][0]]++;
+    }
+
+    auto mask = std::make_shared<std::vector<float>>(ubatch.n_tokens);
+
+    uint32_t n_looped = 0;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const bool is_prompt = loop_phase == LLAMA_LOOP_PHASE_AUTO ?
+            n_seq_tokens[ubatch.seq_id[i][0]] > 1 : loop_phase == LLAMA_LOOP_PHASE_PROMPT;
+
+        const bool is_looped = is_prompt == (loop->params.scope == LLAMA_LOOP_SCOPE_PROMPT);
+
+        (*mask)[i] = is_looped ? 1.0f : 0.0f;
+        n_looped  += is_looped;
+    }
+
+    // tokens outside the scope still need their K/V and states in the passes that have their own
+    const bool has_slots = memory && memory->loop_size() > 0;
+
+    if (n_looped < ubatch.n_tokens) {
+        cparams.loop_part = n_looped == 0 && !has_slots ? LLAMA_LOOP_PART_NONE : LLAMA_LOOP_PART_SOME;
+        cparams.loop_mask = std::move(mask);
+    }
+}
+
 //
 // interface implementation
 //
@@ -286,6 +336,7 @@ llama_loop_params llama_loop_default_params() {
         /*.unit    =*/ LLAMA_LOOP_UNIT_BLOCK,
         /*.kv      =*/ LLAMA_LOOP_KV_FROZEN,
         /*.routing =*/ LLAMA_LOOP_ROUTING_FREE,
+        /*.scope   =*/ LLAMA_LOOP_SCOPE_ALL,
     };
 }
 
@@ -312,6 +363,10 @@ int32_t llama_set_loop(llama_context * ctx, const llama_loop_params * params) {
         loop_last_error = err.what();
         return LLAMA_LOOP_ERROR_MEMORY;
     }
+}
+
+void llama_loop_set_phase(llama_context * ctx, llama_loop_phase phase) {
+    ctx->loop_phase = phase;
 }
 
 const llama_loop_params * llama_get_loop(const llama_context * ctx) {

@@ -50,6 +50,20 @@ extern "C" {
         LLAMA_LOOP_ROUTING_FROZEN = 1, // the first pass's, with its weights
     };
 
+    // the tokens that are looped; the others get the plain model's states in the same batch
+    enum llama_loop_scope {
+        LLAMA_LOOP_SCOPE_ALL    = 0,
+        LLAMA_LOOP_SCOPE_PROMPT = 1,
+        LLAMA_LOOP_SCOPE_GEN    = 2,
+    };
+
+    // what a batch holds, for the scope
+    enum llama_loop_phase {
+        LLAMA_LOOP_PHASE_AUTO   = 0, // of each sequence: one token is generated, more are a prompt
+        LLAMA_LOOP_PHASE_PROMPT = 1,
+        LLAMA_LOOP_PHASE_GEN    = 2,
+    };
+
     struct llama_loop_span {
         int32_t first;    // layers, both inclusive, 0-based
         int32_t last;
@@ -66,15 +80,19 @@ extern "C" {
         enum llama_loop_unit    unit;
         enum llama_loop_kv      kv;
         enum llama_loop_routing routing;
+        enum llama_loop_scope   scope; // with kv = last only all
     };
 
-    // No spans, unit = block, kv = frozen, routing = free.
+    // No spans, unit = block, kv = frozen, routing = free, scope = all.
     LLAMA_API struct llama_loop_params llama_loop_default_params(void);
 
     // Set the loop of a context; NULL turns it off. May be called between any two decodes; the parameters are copied.
     // Returns 0, or 1 when room for more K/V had to be made and the memory was cleared, or a negative llama_loop_error
     // after which the old loop is still set. Otherwise the K/V made under the old loop stays and is the caller's to keep or clear.
     LLAMA_API int32_t llama_set_loop(struct llama_context * ctx, const struct llama_loop_params * params);
+
+    // Say what the next batches of a context hold; AUTO until then. Only a loop with a scope needs to know.
+    LLAMA_API void llama_loop_set_phase(struct llama_context * ctx, enum llama_loop_phase phase);
 
     // The loop of a context, or NULL when it is off. Owned by the context, valid until the next llama_set_loop().
     LLAMA_API const struct llama_loop_params * llama_get_loop(const struct llama_context * ctx);

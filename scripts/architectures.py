@@ -124,7 +124,7 @@ def examine(path: str, arch: str) -> dict:
     def set_loop(spec: str) -> None:
         loop = Loop.parse(spec).resolve(model.n_layer)
         spans = [native.NativeSpan(s.first, s.last, m) for s, m in zip(loop.spans, loop.mixes())]
-        native.set_loop(model.ctx, spans, loop.unit, loop.kv, loop.routing)
+        native.set_loop(model.ctx, spans, loop.unit, loop.kv, loop.routing, loop.scope)
 
     def distance(a, b) -> float:
         return float(np.abs(a - b).max()) / scale

@@ -1,11 +1,12 @@
 """The logits of a looped model in NumPy float64, written from the mathematics and not from our C++ or solvers.py.
 
-Takes the dict that tiny.py returns. A solver is its textbook recursion here, never a mix matrix; a pass is a function
-that the recursion calls. Slow and short on purpose.
+Takes the dict that a writer of tiny.py returns, or write_qwen3 and write_qwen3moe of tiny_more.py. A solver is its
+textbook recursion here, never a mix matrix; a pass is a function that the recursion calls. Slow and short on purpose.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Callable, Sequence
 
 import numpy as np
@@ -17,7 +18,8 @@ Map = Callable[[Array], Array]
 def forward(model: dict[str, Any], tokens: Sequence[int], loop=None, split: Sequence[int] = ()) -> Array:
     """Logits of all positions, shape (len(tokens), n_vocab).
 
-    loop: None, or anything with .spans (each with .first, .last, .passes), .solver, .parameters (pairs), .unit and .kv.
+    loop: None, or anything with .spans (each with .first, .last, .passes), .solver, .parameters (pairs), .unit, .kv and
+    .routing.
     split: positions at which a new batch begins, as for np.split; the default is one batch.
     """
     keys_values = KeysValues(loop.kv if loop else "frozen")
@@ -27,7 +29,7 @@ def forward(model: dict[str, Any], tokens: Sequence[int], loop=None, split: Sequ
         if model["arch"] == "gemma3":
             x *= np.sqrt(model["n_embd"])
         for layers, passes in blocks(model["n_layer"], loop):
-            g = Pass(model, layers, passes, position, keys_values)
+            g = Pass(model, layers, passes, position, keys_values, loop.routing if loop else "free")
             x = SOLVERS[loop.solver](g, x, passes, **parameters(loop)) if passes > 1 else g(x)
             assert g.i == passes, f"{loop.solver} made {g.i} passes of {passes}"
         x = rms_norm(x, model["output_norm.weight"], model["norm_eps"])
@@ -57,22 +59,30 @@ def parameters(loop) -> dict[str, Any]:
 class Pass:
     """G: x -> the state after some layers. Every call is the next pass."""
 
-    def __init__(self, model, layers: range, passes: int, position: Array, keys_values: KeysValues):
+    def __init__(self, model, layers: range, passes: int, position: Array, keys_values: KeysValues, routing: str):
         self.model = model
         self.layers = layers
         self.passes = passes
         self.position = position
         self.keys_values = keys_values
+        self.routing = routing
+        self.routed: dict[int, Array] = {}
         self.i = 0
 
     def __call__(self, x: Array) -> Array:
         for il in self.layers:
-            x = layer(self.model, il, x, self.position, lambda k, v: self._see(il, k, v))
+            x = layer(self.model, il, x, self.position, partial(self._see, il), partial(self._route, il))
         self.i += 1
         return x
 
     def _see(self, il: int, k: Array, v: Array) -> tuple[Array, Array]:
         return self.keys_values.see(il, self.i, self.passes, self.position[0], (k, v))
+
+    def _route(self, il: int, logits: Array) -> Array:
+        """The experts' weights in this pass, given the router's logits; frozen: those of the first pass."""
+        if self.routing == "free" or self.i == 0:
+            self.routed[il] = top_k_softmax(logits, self.model["metadata"]["expert_used_count"])
+        return self.routed[il]
 
 
 class KeysValues:
@@ -99,29 +109,35 @@ class KeysValues:
 #
 
 
-def layer(model, il: int, x: Array, position: Array, see: Callable[[Array, Array], tuple[Array, Array]]) -> Array:
+def layer(
+    model, il: int, x: Array, position: Array, see: Callable[[Array, Array], tuple[Array, Array]], route: Map
+) -> Array:
     def weight(name: str) -> Array:
         return model[f"blk.{il}.{name}.weight"]
 
     def norm(x: Array, name: str) -> Array:
         return rms_norm(x, weight(name), model["norm_eps"])
 
-    is_gemma = model["arch"] == "gemma3"
+    is_llama, is_gemma = model["arch"] == "llama", model["arch"] == "gemma3"
     is_windowed = is_gemma and (il + 1) % model["swa_period"] != 0
     window = model["n_swa"] if is_windowed else np.inf
     base = model["rope_base_swa"] if is_windowed else model["rope_base"]
 
     h = norm(x, "attn_norm")
     q, k, v = ((h @ weight(f"attn_{name}").T).reshape(len(x), -1, model["n_head_dim"]) for name in "qkv")
-    if is_gemma:
+    if not is_llama:
         q, k = norm(q, "attn_q_norm"), norm(k, "attn_k_norm")
-    q, k = (rope(z, position, base, adjacent=not is_gemma) for z in (q, k))
+    q, k = (rope(z, position, base, adjacent=is_llama) for z in (q, k))
     y = attention(q, *see(k, v), position, window) @ weight("attn_output").T
     x = x + (norm(y, "post_attention_norm") if is_gemma else y)
 
     h = norm(x, "ffn_norm")
-    activation = gelu if is_gemma else silu
-    y = (activation(h @ weight("ffn_gate").T) * (h @ weight("ffn_up").T)) @ weight("ffn_down").T
+    if model["arch"] == "qwen3moe":
+        experts = zip(weight("ffn_gate_exps"), weight("ffn_up_exps"), weight("ffn_down_exps"))
+        w = route(h @ weight("ffn_gate_inp").T)
+        y = sum(w[:, [e]] * gated(h, *expert, silu) for e, expert in enumerate(experts))
+    else:
+        y = gated(h, weight("ffn_gate"), weight("ffn_up"), weight("ffn_down"), gelu if is_gemma else silu)
     return x + (norm(y, "post_ffw_norm") if is_gemma else y)
 
 
@@ -144,10 +160,24 @@ def attention(q: Array, k: Array, v: Array, position: Array, window: float) -> A
     k, v = (np.repeat(z, n_head // z.shape[1], axis=1) for z in (k, v))
     distance = position[:, None] - np.arange(len(k))[None, :]
     scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(dim)
-    scores = np.where((distance >= 0) & (distance < window), scores, -np.inf)
-    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    p /= p.sum(axis=-1, keepdims=True)
+    p = softmax(np.where((distance >= 0) & (distance < window), scores, -np.inf))
     return np.einsum("hqk,khd->qhd", p, v).reshape(n_token, n_head * dim)
+
+
+def gated(x: Array, gate: Array, up: Array, down: Array, activation: Map) -> Array:
+    return (activation(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+def top_k_softmax(logits: Array, k: int) -> Array:
+    """The k largest probabilities of each row, normalised to sum 1; 0 for the others."""
+    p = softmax(logits)
+    p = np.where(p >= np.sort(p)[:, [-k]], p, 0)
+    return p / p.sum(axis=-1, keepdims=True)
+
+
+def softmax(x: Array) -> Array:
+    p = np.exp(x - x.max(axis=-1, keepdims=True))
+    return p / p.sum(axis=-1, keepdims=True)
 
 
 def silu(x: Array) -> Array:

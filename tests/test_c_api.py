@@ -40,9 +40,9 @@ def span(first, last, mix, n_passes=None):
     return llama_loop_span(first, last, len(mix) if n_passes is None else n_passes, data)
 
 
-def params(spans, unit=BLOCK, kv=FROZEN, n_spans=None):
+def params(spans, unit=BLOCK, kv=FROZEN, n_spans=None, routing=0, scope=0):
     array = None if spans is None else (llama_loop_span * len(spans))(*spans)
-    return llama_loop_params(array, len(spans) if n_spans is None else n_spans, unit, kv)
+    return llama_loop_params(array, len(spans) if n_spans is None else n_spans, unit, kv, routing, scope)
 
 
 def set_loop(ctx, loop):
@@ -103,6 +103,11 @@ REFUSED = {
     "unit INT_MAX": (lambda: params([span(1, 2, euler(2))], unit=INT_MAX), "unit 2147483647"),
     "kv -1": (lambda: params([span(1, 2, euler(2))], kv=-1), "kv mode -1"),
     "kv 4": (lambda: params([span(1, 2, euler(2))], kv=4), "kv mode 4"),
+    "routing 2": (lambda: params([span(1, 2, euler(2))], routing=2), "routing 2"),
+    "routing frozen without experts": (lambda: params([span(1, 2, euler(2))], routing=1), "has no experts"),
+    "scope -1": (lambda: params([span(1, 2, euler(2))], scope=-1), "scope -1"),
+    "scope 3": (lambda: params([span(1, 2, euler(2))], scope=3), "scope 3"),
+    "scope gen, kv last": (lambda: params([span(1, 2, euler(2))], scope=2, kv=3), "kv=last keeps the last pass's K/V"),
     "kv INT_MIN": (lambda: params([span(1, 2, euler(2))], kv=INT_MIN), "kv mode -2147483648"),
     # where a span lies
     "first -1": (lambda: params([span(-1, 2, euler(2))]), "span -1..2 is not in the model, which has layers 0..15"),

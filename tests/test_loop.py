@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeloop.errors import LoopError
-from edgeloop.loop import AUTO, KV_MODES, MAX_PASSES, MAX_SPEC_CHARS, MAX_VISITS, OFF, UNITS, Loop, Span
+from edgeloop.loop import AUTO, KV_MODES, MAX_PASSES, MAX_SPEC_CHARS, MAX_VISITS, OFF, ROUTINGS, SCOPES, UNITS, Loop, Span
 from edgeloop.solvers import SOLVERS
 
 # a parse takes far below a millisecond; the deadline only has to tell it from one that hangs
@@ -74,13 +74,16 @@ def specs(draw):
     unit, kv = draw(st.sampled_from(UNITS)), draw(st.sampled_from(KV_MODES))
     options += [f"unit={unit}"] * (unit != "block" or draw(st.booleans()))
     options += [f"kv={kv}"] * (kv != "frozen" or draw(st.booleans()))
+    scope, routing = draw(st.sampled_from(SCOPES if kv != "last" else SCOPES[:1])), draw(st.sampled_from(ROUTINGS))
+    options += [f"scope={scope}"] * (scope != "all" or draw(st.booleans()))
+    options += [f"routing={routing}"] * (routing != "free" or draw(st.booleans()))
     options = draw(st.permutations(options))
     options = [solver.name] * (solver.name != "euler" or draw(st.booleans())) + options
 
     text = "+".join(f"{first}-{last}x{n}" for (first, last, _, _), n in zip(ends, passes))
     text = draw(st.sampled_from(["", " ", "\t"])) + text + (":" + ",".join(options) if options else "")
     spans = tuple(Span(first, last, n) for (_, _, first, last), n in zip(ends, passes))
-    return text, Loop(spans, solver.name, tuple(parameters), unit, kv)
+    return text, Loop(spans, solver.name, tuple(parameters), unit, kv, routing, scope)
 
 
 @fuzz
@@ -263,6 +266,9 @@ BAD = [
     ("12-20x3:naive:euler", "'naive:euler'"),
     ("12-20x3:naive,euler", "'euler' must come first"),
     ("12-20x3:kv=own,naive", "'naive' must come first"),
+    ("12-20x3:scope=some", "scope=some is not known; scope is one of all, prompt, gen"),
+    ("12-20x3:scope=gen,kv=last", "scope=gen does not go with kv=last"),
+    ("12-20x3:routing=cold", "routing=cold is not known; routing is one of free, frozen"),
     ("12-20x3:stepp=1", "'stepp' is not a key of euler"),
     ("12-20x3:naive,step=1", "'step' is not a key of naive"),
     ("12-20x3:beta=1", "'beta' is not a key of euler"),

@@ -36,6 +36,9 @@ struct llama_loop {
     std::vector<llama_loop_span>    spans;
     std::vector<std::vector<float>> mixes;
 
+    // the same for equal loops in every process
+    uint64_t hash() const;
+
     // how many layers are built for one token
     int32_t n_visits() const;
 

@@ -1,16 +1,37 @@
 // The public functions, and llama_context::set_loop().
 
 #include "llama-context.h"
+#include "llama-io.h"
 #include "llama-model.h"
 
+#include <cinttypes>
 #include <cmath>
-#include <cstring>
 
 static thread_local std::string loop_last_error;
+
+// where a sequence's state made without a loop has a count, which can never be as large
+static constexpr uint32_t LOOP_STATE_MAGIC = 0xf0706f6c;
 
 //
 // llama_loop
 //
+
+uint64_t llama_loop::hash() const {
+    uint64_t res = 0xcbf29ce484222325; // FNV-1a
+
+    const auto add = [&](const void * data, size_t size) {
+        for (size_t i = 0; i < size; ++i) {
+            res = (res ^ ((const uint8_t *) data)[i])*0x100000001b3;
+        }
+    };
+
+    for (const auto & block : blocks) {
+        const int32_t numbers[] = { block.first, block.last, block.n_passes, block.kv, params.routing, params.scope };
+        add(numbers, sizeof(numbers));
+        add(block.mix.data(), block.mix.size()*sizeof(float));
+    }
+    return res;
+}
 
 int32_t llama_loop::n_visits() const {
     int32_t res = n_layer;
@@ -322,6 +343,33 @@ void llama_context::loop_prepare(const llama_ubatch & ubatch) {
     if (n_looped < ubatch.n_tokens) {
         cparams.loop_part = n_looped == 0 && !has_slots ? LLAMA_LOOP_PART_NONE : LLAMA_LOOP_PART_SOME;
         cparams.loop_mask = std::move(mask);
+    }
+}
+
+std::string llama_context::loop_state_name() const {
+    return cparams.loop ? format("+loop:%016" PRIx64, cparams.loop->hash()) : "";
+}
+
+void llama_context::loop_state_write(llama_io_write_i & io) const {
+    if (cparams.loop) {
+        const uint64_t hash = cparams.loop->hash();
+
+        io.write(&LOOP_STATE_MAGIC, sizeof(LOOP_STATE_MAGIC));
+        io.write(&hash, sizeof(hash));
+    }
+}
+
+void llama_context::loop_state_read(llama_io_read_i & io) const {
+    if (cparams.loop) {
+        uint32_t magic;
+        uint64_t hash;
+
+        io.read(&magic, sizeof(magic));
+        io.read(&hash,  sizeof(hash));
+
+        if (magic != LOOP_STATE_MAGIC || hash != cparams.loop->hash()) {
+            throw std::runtime_error("the state of the sequence was made under another loop");
+        }
     }
 }
 

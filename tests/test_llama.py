@@ -109,7 +109,7 @@ def test_saved_state_grows_by_what_inspect_says(demo_model, load, spec):
     loop = Loop.parse(spec)
     n_slots = len(loop.expanded(30)) - 30 if loop.kv == "own" else 0
     headers = sizes[spec] - sizes["off"] - gguf_tools.inspect(demo_model).loop_memory_bytes(loop, 256)
-    assert 0 <= headers <= 64 * n_slots  # a few words of description for each slot
+    assert 0 <= headers <= 64 * (n_slots + 1)  # the loop's name and a few words of description for each slot
 
 
 def test_changing_the_loop_200_times_leaks_nothing(demo_model, load):
@@ -246,6 +246,36 @@ def test_cache_and_state_carry_the_loop(demo_model, load):
     llm.reset()
     llm.load_state(state)
     assert greedy(llm) == again
+
+
+@pytest.mark.parametrize("model", ["demo_model", "mamba"])
+def test_the_engine_refuses_a_state_of_another_loop(model, load, tmp_path, request):
+    """Through the plain C functions: whole states and those of one sequence give 0 bytes read under another loop."""
+    import ctypes
+
+    if model == "mamba":
+        import tiny
+
+        tiny.write_mamba(tmp_path / "mamba.gguf", n_layer=4)
+    llm = load(tmp_path / "mamba.gguf" if model == "mamba" else request.getfixturevalue(model), n_ctx=256)
+    specs = ["off", "1-2x3", "1-2x4", "1-2x3:kv=own", "1-2x3:naive", "1-2x3:unit=layer", "1-2x3:scope=gen"]
+    saved = {}
+    for spec in specs:
+        llm.loop = spec
+        llm.eval([5, 6, 7, 8])
+        size = max(llama_cpp.llama_state_get_size(llm.ctx), llama_cpp.llama_state_seq_get_size(llm.ctx, 0))
+        whole, one = (ctypes.c_uint8 * size)(), (ctypes.c_uint8 * size)()
+        n_whole = llama_cpp.llama_state_get_data(llm.ctx, whole, size)
+        n_one = llama_cpp.llama_state_seq_get_data(llm.ctx, one, size, 0)
+        saved[spec] = (whole, n_whole, one, n_one)
+    for spec in specs:
+        llm.loop = spec
+        for other, (whole, n_whole, one, n_one) in saved.items():
+            expected = (n_whole, n_one) if other == spec else (0, 0)
+            got = llama_cpp.llama_state_set_data(llm.ctx, whole, n_whole), llama_cpp.llama_state_seq_set_data(llm.ctx, one, n_one, 0)
+            assert got == expected, (spec, other)
+        llm.reset()
+        llm.eval([5, 6, 7])  # still usable
 
 
 def test_draft_model_and_embeddings_work_under_a_loop(demo_model, load):

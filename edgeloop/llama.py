@@ -42,6 +42,7 @@ class Llama(llama_cpp.Llama):
                 super().__init__(os.fspath(model_path), verbose=verbose, **kwargs)
             except ValueError as error:
                 raise ModelError(f"{model_path}: {errors[-1] if errors else error}") from error
+        native.set_loop(self.ctx, [])  # the argument counts, not LLAMA_LOOP
         self.loop = wanted
 
     @property
@@ -62,9 +63,8 @@ class Llama(llama_cpp.Llama):
         loop = self._resolve(spec)
         if loop == self._loop:
             return
-        spans = [native.NativeSpan(s.first, s.last, m) for s, m in zip(loop.spans, loop.mixes())]
         try:
-            native.set_loop(self.ctx, spans, loop.unit, loop.kv, loop.routing, loop.scope)
+            native.set_loop(self.ctx, **native_arguments(loop))
         except native.NativeLoopError as error:
             raise LoopError(str(error)) from error
         self._loop = loop
@@ -153,6 +153,12 @@ class Llama(llama_cpp.Llama):
         if saved != str(self._loop):
             raise LoopError(f"the state was saved with loop '{saved}', this model has '{self._loop}'; set that loop first")
         super().load_state(state)
+
+
+def native_arguments(loop: Loop) -> dict[str, Any]:
+    """A resolved loop as the keywords of native.set_loop, native.reserve and native.environment."""
+    spans = [native.NativeSpan(s.first, s.last, m) for s, m in zip(loop.spans, loop.mixes())]
+    return {"spans": spans, "unit": loop.unit, "kv": loop.kv, "routing": loop.routing, "scope": loop.scope}
 
 
 class _LoopCache(BaseLlamaCache):

@@ -42,8 +42,9 @@ class llama_loop_params(ctypes.Structure):
     ]
 
 
-lib.llama_set_loop.argtypes = [ctypes.c_void_p, ctypes.POINTER(llama_loop_params)]
-lib.llama_set_loop.restype = ctypes.c_int32
+for _function in (lib.llama_set_loop, lib.llama_loop_reserve):
+    _function.argtypes = [ctypes.c_void_p, ctypes.POINTER(llama_loop_params)]
+    _function.restype = ctypes.c_int32
 lib.llama_loop_set_phase.argtypes = [ctypes.c_void_p, ctypes.c_int]
 lib.llama_loop_set_phase.restype = None
 lib.llama_get_loop.argtypes = [ctypes.c_void_p]
@@ -61,16 +62,20 @@ class NativeSpan:
     mix: list[list[float]]  # lower-triangular rows, row i with i + 1 entries
 
 
-def set_loop(
-    ctx: int, spans: list[NativeSpan], unit: str = "block", kv: str = "frozen", routing: str = "free", scope: str = "all"
-) -> bool:
-    """Set the loop of a llama_context; no spans turn it off.
+def set_loop(ctx: int, *arguments, **keywords) -> bool:
+    """Set the loop of a llama_context: spans, unit, kv, routing, scope as in `environment`; no spans turn it off.
 
     Returns True when room for more K/V had to be made and the context's memory was cleared.
     Raises NativeLoopError, after which the old loop is still set.
     """
+    return _with_params(lib.llama_set_loop, ctx, *arguments, **keywords)
+
+
+def _with_params(
+    function, ctx: int, spans: list[NativeSpan], unit: str = "block", kv: str = "frozen", routing: str = "free", scope: str = "all"
+) -> bool:
     if not spans:
-        return _check(lib.llama_set_loop(ctx, None))
+        return _check(function(ctx, None))
     array = (llama_loop_span * len(spans))()
     keep = []
     for c_span, span in zip(array, spans):
@@ -82,7 +87,19 @@ def set_loop(
         c_span.first, c_span.last, c_span.n_passes = span.first, span.last, passes
         c_span.mix = ctypes.cast(mix, ctypes.POINTER(ctypes.c_float))
     params = llama_loop_params(array, len(spans), UNITS[unit], KV_MODES[kv], ROUTINGS[routing], SCOPES[scope])
-    return _check(lib.llama_set_loop(ctx, ctypes.byref(params)))
+    return _check(function(ctx, ctypes.byref(params)))
+
+
+def reserve(ctx: int, *arguments, **keywords) -> bool:
+    """Make room now for a loop given as to `set_loop`, and for every smaller one; the loop that is set stays."""
+    return _with_params(lib.llama_loop_reserve, ctx, *arguments, **keywords)
+
+
+def environment(spans: list[NativeSpan], unit: str = "block", kv: str = "frozen", routing: str = "free", scope: str = "all") -> str:
+    """The value of LLAMA_LOOP that gives any program linked to the library this loop."""
+    head = [UNITS[unit], KV_MODES[kv], ROUTINGS[routing], SCOPES[scope]]
+    parts = [[s.first, s.last, len(s.mix), *(f"{m:.9g}" for row in s.mix for m in row)] for s in spans]
+    return "/".join(",".join(map(str, part)) for part in [head, *parts])
 
 
 def set_phase(ctx: int, phase: str) -> None:

@@ -6,6 +6,8 @@
 
 #include <cinttypes>
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 
 static thread_local std::string loop_last_error;
 
@@ -346,6 +348,102 @@ void llama_context::loop_prepare(const llama_ubatch & ubatch) {
     }
 }
 
+int32_t llama_context::loop_reserve(std::shared_ptr<const llama_loop> loop, std::string & error) {
+    const auto old = cparams.loop;
+
+    const int32_t res = set_loop(std::move(loop), error);
+    if (res < 0) {
+        return res;
+    }
+
+    loop_n_nodes = std::max(loop_n_nodes, graph_max_nodes(std::min(cparams.n_ctx, cparams.n_ubatch)));
+    sched_reserve();
+
+    const int32_t res_old = set_loop(old, error);
+
+    return res_old < 0 ? res_old : std::max(res, res_old);
+}
+
+// a number and the separator after it, or, where may_end, the end of the text; moves p behind both
+template <typename T>
+static T loop_env_number(const char *& p, char separator, bool may_end, T (*convert)(const char *, char **)) {
+    char * rest;
+    const T res = convert(p, &rest);
+
+    if (rest == p || (*rest != separator && (*rest || !may_end))) {
+        throw std::runtime_error(format("LLAMA_LOOP: a number and '%c' were expected at '%.16s'", separator, p));
+    }
+    p = *rest ? rest + 1 : rest;
+    return res;
+}
+
+static long loop_env_strtol(const char * p, char ** rest) {
+    return strtol(p, rest, 10);
+}
+
+void llama_context::loop_from_env() {
+    const char * p = getenv("LLAMA_LOOP");
+
+    if (!p || !*p || model.hparams.vocab_only) {
+        return;
+    }
+
+    const auto integer = [&](char separator) {
+        const long res = loop_env_number<long>(p, separator, false, loop_env_strtol);
+        if (res < INT32_MIN || res > INT32_MAX) {
+            throw std::runtime_error(format("LLAMA_LOOP: %ld is out of range", res));
+        }
+        return (int32_t) res;
+    };
+
+    auto params = llama_loop_default_params();
+
+    params.unit    = (llama_loop_unit)    integer(',');
+    params.kv      = (llama_loop_kv)      integer(',');
+    params.routing = (llama_loop_routing) integer(',');
+    params.scope   = (llama_loop_scope)   integer('/');
+
+    std::vector<llama_loop_span>    spans;
+    std::vector<std::vector<float>> mixes;
+
+    do {
+        llama_loop_span span = {};
+
+        span.first    = integer(',');
+        span.last     = integer(',');
+        span.n_passes = integer(',');
+
+        if (span.n_passes < 1 || span.n_passes > LLAMA_LOOP_MAX_PASSES || spans.size() >= LLAMA_LOOP_MAX_VISITS) {
+            throw std::runtime_error(format("LLAMA_LOOP: %d passes, 1 to %d are possible", span.n_passes, LLAMA_LOOP_MAX_PASSES));
+        }
+
+        mixes.emplace_back(size_t(span.n_passes)*span.n_passes, 0.0f);
+        for (int32_t i = 0; i < span.n_passes; ++i) {
+            for (int32_t j = 0; j <= i; ++j) {
+                const bool is_last = i + 1 == span.n_passes && j == i;
+
+                mixes.back()[i*span.n_passes + j] = loop_env_number<float>(p, is_last ? '/' : ',', is_last, strtof);
+            }
+        }
+        spans.push_back(span);
+    } while (*p || p[-1] == '/');
+
+    for (size_t s = 0; s < spans.size(); ++s) {
+        spans[s].mix = mixes[s].data();
+    }
+    params.spans   = spans.data();
+    params.n_spans = spans.size();
+
+    std::string error;
+
+    auto loop = loop_init(params, model.hparams, error);
+    if (!loop || set_loop(std::move(loop), error) < 0) {
+        throw std::runtime_error("LLAMA_LOOP: " + error);
+    }
+
+    LLAMA_LOG_INFO("%s: loop set, %d layers are applied\n", __func__, cparams.loop->n_visits());
+}
+
 std::string llama_context::loop_state_name() const {
     return cparams.loop ? format("+loop:%016" PRIx64, cparams.loop->hash()) : "";
 }
@@ -388,7 +486,10 @@ llama_loop_params llama_loop_default_params() {
     };
 }
 
-int32_t llama_set_loop(llama_context * ctx, const llama_loop_params * params) {
+static int32_t loop_call(
+        llama_context * ctx,
+        const llama_loop_params * params,
+        int32_t (llama_context::*call)(std::shared_ptr<const llama_loop>, std::string &)) {
     loop_last_error.clear();
 
     if (!ctx) {
@@ -406,11 +507,19 @@ int32_t llama_set_loop(llama_context * ctx, const llama_loop_params * params) {
             }
         }
 
-        return ctx->set_loop(std::move(loop), loop_last_error);
+        return (ctx->*call)(std::move(loop), loop_last_error);
     } catch (const std::exception & err) {
         loop_last_error = err.what();
         return LLAMA_LOOP_ERROR_MEMORY;
     }
+}
+
+int32_t llama_set_loop(llama_context * ctx, const llama_loop_params * params) {
+    return loop_call(ctx, params, &llama_context::set_loop);
+}
+
+int32_t llama_loop_reserve(llama_context * ctx, const llama_loop_params * params) {
+    return loop_call(ctx, params, &llama_context::loop_reserve);
 }
 
 void llama_loop_set_phase(llama_context * ctx, llama_loop_phase phase) {

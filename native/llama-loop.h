@@ -15,6 +15,13 @@
 //
 // and x[n_passes] enters the layer after the span. All ones is plain repetition; all 1/n_passes is n_passes Euler steps.
 //
+// A program that does not call these functions can be given a loop in the environment variable LLAMA_LOOP, which every
+// context reads when it is made (a wrong one is an error):
+//
+//     UNIT,KV,ROUTING,SCOPE/FIRST,LAST,N_PASSES,MIX.../FIRST,...
+//
+// with the numbers of the enums below and the rows of the mix up to the diagonal. `edgeloop env SPEC -m MODEL` writes it.
+//
 
 #define LLAMA_LOOP_MAX_PASSES 64  // passes of one span
 #define LLAMA_LOOP_MAX_VISITS 512 // layers applied for one token, repeated ones counted each time
@@ -90,6 +97,10 @@ extern "C" {
     // Returns 0, or 1 when room for more K/V had to be made and the memory was cleared, or a negative llama_loop_error
     // after which the old loop is still set. Otherwise the K/V made under the old loop stays and is the caller's to keep or clear.
     LLAMA_API int32_t llama_set_loop(struct llama_context * ctx, const struct llama_loop_params * params);
+
+    // Make room now for a loop that llama_set_loop() will be given later, and for every smaller one: setting those allocates and
+    // reserves nothing more. The loop that is set stays. Returns what llama_set_loop() would have returned.
+    LLAMA_API int32_t llama_loop_reserve(struct llama_context * ctx, const struct llama_loop_params * params);
 
     // Say what the next batches of a context hold; AUTO until then. Only a loop with a scope needs to know.
     LLAMA_API void llama_loop_set_phase(struct llama_context * ctx, enum llama_loop_phase phase);

@@ -12,7 +12,7 @@ import sys
 import typer
 
 from edgeloop import __version__
-from edgeloop.cli import chat, inspect, run
+from edgeloop.cli import chat, env, inspect, run
 from edgeloop.cli.console import error
 from edgeloop.errors import EdgeloopError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.command("chat")(chat.chat)
 app.command("run")(run.run)
 app.command("inspect")(inspect.inspect)
+app.command("env")(env.env)
 
 
 def _version(value: bool) -> None:

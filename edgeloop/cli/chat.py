@@ -37,12 +37,13 @@ def chat(
     min_p: o.MinP = 0.05,
     seed: o.Seed = -1,
     system: o.System = None,
+    rpc: o.Rpc = None,
     offline: o.Offline = False,
     verbose: o.Verbose = False,
 ) -> None:
     """Talk to a model; /help lists the commands."""
     path = o.model_path(model, model_flag, offline)
-    llm = o.load(path, loop=loop, ctx_size=ctx_size, threads=threads, gpu_layers=gpu_layers, seed=seed, verbose=verbose)
+    llm = o.load(path, loop=loop, ctx_size=ctx_size, threads=threads, gpu_layers=gpu_layers, seed=seed, rpc=rpc, verbose=verbose)
     sampling = {"max_tokens": predict, "temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     session = ChatSession(llm, system, sampling)
     note(f"{path.name}, {llm.n_layer} layers, {session.loop_line()}")

@@ -37,6 +37,7 @@ TopP = Annotated[float, _option("--top-p", help="Sample from the tokens that mak
 MinP = Annotated[float, _option("--min-p", help="Leave out tokens less likely than this times the most likely.", min=0, max=1)]
 Seed = Annotated[int, _option("-s", "--seed", help="Seed of the sampler, -1: random.", min=-1)]
 System = Annotated[Optional[str], _option("-sys", "--system-prompt", help="System message.", show_default=False)]
+Rpc = Annotated[Optional[str], _option("--rpc", help="Offload to these RPC servers, HOST:PORT[,HOST:PORT...].", metavar="LIST", show_default=False)]
 Offline = Annotated[bool, _option("--offline", help="Never use the network.")]
 Verbose = Annotated[bool, _option("-v", "--verbose", help="Show llama.cpp's log.")]
 
@@ -51,7 +52,15 @@ def model_path(model: str | None, flag: str | None, offline: bool) -> Path:
 
 
 def load(
-    path: Path, *, loop: str, ctx_size: int | None, threads: int | None, gpu_layers: int, seed: int, verbose: bool
+    path: Path,
+    *,
+    loop: str,
+    ctx_size: int | None,
+    threads: int | None,
+    gpu_layers: int,
+    seed: int,
+    rpc: str | None,
+    verbose: bool,
 ):
     """An edgeloop.Llama from the shared options."""
     from edgeloop.gguf_tools import inspect
@@ -61,6 +70,10 @@ def load(
     wanted = Loop.parse(loop)  # a typing error should not cost the time to load
     if ctx_size is None:
         ctx_size = min(inspect(path).n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
+    if rpc:
+        from edgeloop.rpc import add_servers
+
+        add_servers(rpc)
     threads = threads or physical_cores()
     llm = Llama(
         str(path),

@@ -28,6 +28,7 @@ def run(
     system: o.System = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    rpc: o.Rpc = None,
     offline: o.Offline = False,
     verbose: o.Verbose = False,
 ) -> None:
@@ -39,7 +40,7 @@ def run(
     if not prompt.strip():
         raise EdgeloopError("the prompt is empty")
     path = o.model_path(model, model_flag, offline)
-    llm = o.load(path, loop=loop, ctx_size=ctx_size, threads=threads, gpu_layers=gpu_layers, seed=seed, verbose=verbose)
+    llm = o.load(path, loop=loop, ctx_size=ctx_size, threads=threads, gpu_layers=gpu_layers, seed=seed, rpc=rpc, verbose=verbose)
 
     from edgeloop.generate import Generation
 

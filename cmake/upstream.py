@@ -89,7 +89,9 @@ def fetch(cache: Path) -> Path:
         if done.returncode:
             output = done.stderr + done.stdout
             if "THESE PACKAGES DO NOT MATCH THE HASHES" in output:
-                raise UpstreamError(f"the source distribution of llama-cpp-python {VERSION} does not have the sha256 {SHA256}")
+                raise UpstreamError(
+                    f"the source distribution of llama-cpp-python {VERSION} does not have the sha256 {SHA256}"
+                )
             reason = next((line for line in output.splitlines() if line.startswith("ERROR")), output.strip())
             raise UpstreamError(
                 f"llama-cpp-python {VERSION} could not be downloaded through pip ({reason}); without a network, unpack its "
@@ -115,7 +117,9 @@ def copy_folder(folder: Path, out: Path) -> None:
     for wanted in WANTED:
         source = folder / wanted
         if not source.exists():
-            raise UpstreamError(f"{folder} is not the unpacked source distribution of llama-cpp-python {VERSION}: it has no {wanted}")
+            raise UpstreamError(
+                f"{folder} is not the unpacked source distribution of llama-cpp-python {VERSION}: it has no {wanted}"
+            )
         target = out / wanted
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
@@ -124,7 +128,9 @@ def copy_folder(folder: Path, out: Path) -> None:
             shutil.copy(source, target)
     version = re.search(r'__version__ = "(.*)"', (out / "llama_cpp/__init__.py").read_text())
     if not version or version[1] != VERSION:
-        raise UpstreamError(f"{folder} holds llama-cpp-python {version[1] if version else '?'}, this build needs {VERSION}")
+        raise UpstreamError(
+            f"{folder} holds llama-cpp-python {version[1] if version else '?'}, this build needs {VERSION}"
+        )
 
 
 def apply_patches(patches: Path, llama: Path) -> None:

@@ -44,7 +44,9 @@ class Generation:
         except ValueError as problem:
             if "exceed context window" not in str(problem):
                 raise
-            raise EdgeloopError(f"the conversation is longer than the context of {self._llm.n_ctx()} tokens; use -c for a larger one") from None
+            raise EdgeloopError(
+                f"the conversation is longer than the context of {self._llm.n_ctx()} tokens; use -c for a larger one"
+            ) from None
         finally:
             self.seconds = time.perf_counter() - start
 

@@ -6,7 +6,6 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Callable
 
 from edgeloop.errors import LoopError, ModelError
@@ -108,7 +107,9 @@ def _info(gguf: GGUFFile) -> ModelInfo:
     arch = meta.get("general.architecture")
     n_layer = meta.get(f"{arch}.block_count")
     if not isinstance(arch, str) or not isinstance(n_layer, int) or not 0 < n_layer <= 512:
-        raise ModelError(f"{gguf.path}: holds no language model (general.type is '{meta.get('general.type', 'not given')}')")
+        raise ModelError(
+            f"{gguf.path}: holds no language model (general.type is '{meta.get('general.type', 'not given')}')"
+        )
 
     def number(key: str, default: int) -> int:
         value = meta.get(f"{arch}.{key}", default)

@@ -89,7 +89,9 @@ class Llama(llama_cpp.Llama):
 
     def eval(self, tokens: Sequence[int]) -> None:
         """`llama_cpp.Llama.eval`; several tokens, or any before the first generated one, are a prompt for the loop's scope."""
-        native.set_phase(self.ctx, "gen" if self._is_generating or len(tokens) == 1 and not self._in_prompt else "prompt")
+        native.set_phase(
+            self.ctx, "gen" if self._is_generating or len(tokens) == 1 and not self._in_prompt else "prompt"
+        )
         super().eval(tokens)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
@@ -151,14 +153,17 @@ class Llama(llama_cpp.Llama):
         """Raises LoopError when the state was saved under another loop."""
         saved = getattr(state, "loop", "off")
         if saved != str(self._loop):
-            raise LoopError(f"the state was saved with loop '{saved}', this model has '{self._loop}'; set that loop first")
+            raise LoopError(
+                f"the state was saved with loop '{saved}', this model has '{self._loop}'; set that loop first"
+            )
         super().load_state(state)
 
 
 def native_arguments(loop: Loop) -> dict[str, Any]:
     """A resolved loop as the keywords of native.set_loop, native.reserve and native.environment."""
     spans = [native.NativeSpan(s.first, s.last, m) for s, m in zip(loop.spans, loop.mixes())]
-    return {"spans": spans, "unit": loop.unit, "kv": loop.kv, "routing": loop.routing, "scope": loop.scope}
+    choices = {name: getattr(loop, name) for name in native.ENUMS}
+    return {"spans": spans, **choices}
 
 
 class _LoopCache(BaseLlamaCache):

@@ -33,7 +33,14 @@ KV_MODES = ("frozen", "own", "first", "last")
 ROUTINGS = ("free", "frozen")
 SCOPES = ("all", "prompt", "gen")
 
-_KEYS = {"unit", "kv", "scope", "routing", "weights", *(name for solver in SOLVERS.values() for name in solver.parameters)}
+_KEYS = {
+    "unit",
+    "kv",
+    "scope",
+    "routing",
+    "weights",
+    *(name for solver in SOLVERS.values() for name in solver.parameters),
+}
 _SPAN = re.compile(r"(\d{1,4}(?:\.\d{1,4})?)(%?)-(\d{1,4}(?:\.\d{1,4})?)(%?)x(\d{1,4})")
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?", re.IGNORECASE)  # MAX_SPEC_CHARS bounds it
 
@@ -119,6 +126,11 @@ class Loop:
             )
         return replace(self, spans=spans)
 
+    @property
+    def rule(self) -> str:
+        """How the engine puts states together: "mix", or the solver that needs arithmetic beyond the matrix."""
+        return SOLVERS[self.solver].rule
+
     def mixes(self) -> list[Mix]:
         """The mix of every span: lower-triangular rows, see solvers.py."""
         return [mix(self.solver, span.passes, dict(self.parameters)) for span in self.spans]
@@ -171,7 +183,9 @@ def _parse(spec: str) -> Loop:
     loop = _parse_options(spans, option_text.split(",") if colon else [])
     _check_passes(loop)
     if len(str(loop)) > MAX_SPEC_CHARS:
-        raise LoopError(f"the loop spec has {len(str(loop))} characters with every number written out, the limit is {MAX_SPEC_CHARS}")
+        raise LoopError(
+            f"the loop spec has {len(str(loop))} characters with every number written out, the limit is {MAX_SPEC_CHARS}"
+        )
     return loop
 
 
@@ -229,7 +243,9 @@ def _parse_options(spans: tuple[Span, ...], options: list[str]) -> Loop:
     kv = _choice("kv", values.pop("kv", "frozen"), KV_MODES)
     scope = _choice("scope", values.pop("scope", "all"), SCOPES)
     if scope != "all" and kv == "last":
-        raise LoopError(f"scope={scope} does not go with kv=last, which keeps K/V that tokens outside the scope do not have")
+        raise LoopError(
+            f"scope={scope} does not go with kv=last, which keeps K/V that tokens outside the scope do not have"
+        )
     routing = _choice("routing", values.pop("routing", "free"), ROUTINGS)
 
     chosen = SOLVERS[solver]
@@ -237,10 +253,14 @@ def _parse_options(spans: tuple[Span, ...], options: list[str]) -> Loop:
     for name, parameter in chosen.parameters.items():
         if name in values:
             number = _number(name, values.pop(name))
-            in_range = parameter.low <= number <= parameter.high and not (parameter.low_open and number == parameter.low)
+            in_range = parameter.low <= number <= parameter.high and not (
+                parameter.low_open and number == parameter.low
+            )
             if not in_range:
                 bracket = "(" if parameter.low_open else "["
-                raise LoopError(f"{name}={_format_value(number)} is out of range; {solver} takes {bracket}{parameter.low:g}, {parameter.high:g}]")
+                raise LoopError(
+                    f"{name}={_format_value(number)} is out of range; {solver} takes {bracket}{parameter.low:g}, {parameter.high:g}]"
+                )
             if number != parameter.default:
                 parameters.append((name, number))
     if chosen.takes_weights:
@@ -255,7 +275,9 @@ def _check_passes(loop: Loop) -> None:
     multiple = SOLVERS[loop.solver].multiple
     for span in loop.spans:
         if span.passes % multiple:
-            raise LoopError(f"'{span}': {loop.solver} makes {multiple} passes a step, so their number must be a multiple of {multiple}")
+            raise LoopError(
+                f"'{span}': {loop.solver} makes {multiple} passes a step, so their number must be a multiple of {multiple}"
+            )
     if loop.parameters and all(span.passes == 1 for span in loop.spans):
         names = ", ".join(name for name, _ in loop.parameters)
         raise LoopError(f"{names} has no effect with one pass, which is the plain model; use x2 or more")
@@ -280,7 +302,9 @@ def _weights(text: str | None, spans: tuple[Span, ...]) -> tuple[float, ...]:
     weights = tuple(_number("weights", part) for part in text.split("/"))
     for span in spans:
         if len(weights) != span.passes + 1:
-            raise LoopError(f"'{span}' needs {span.passes + 1} weights (powers 0 to {span.passes}), {len(weights)} are given")
+            raise LoopError(
+                f"'{span}' needs {span.passes + 1} weights (powers 0 to {span.passes}), {len(weights)} are given"
+            )
     if any(abs(w) > MAX_WEIGHT for w in weights):
         raise LoopError(f"weights={text}: each must lie in [-{MAX_WEIGHT:g}, {MAX_WEIGHT:g}]")
     if abs(sum(weights) - 1.0) > 1e-6:

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 
 from llama_cpp.llama_cpp import _lib as lib
 
-UNITS = {"block": 0, "layer": 1}
-KV_MODES = {"frozen": 0, "own": 1, "first": 2, "last": 3}
-ROUTINGS = {"free": 0, "frozen": 1}
-SCOPES = {"all": 0, "prompt": 1, "gen": 2}
+# the enums of llama-loop.h by name, in the order of llama_loop_params; the first of each is the default
+ENUMS = {
+    "unit": {"block": 0, "layer": 1},
+    "kv": {"frozen": 0, "own": 1, "first": 2, "last": 3},
+    "routing": {"free": 0, "frozen": 1},
+    "scope": {"all": 0, "prompt": 1, "gen": 2},
+    "rule": {"mix": 0, "running-mean": 1, "auto-align": 2},
+}
 PHASES = {"auto": 0, "prompt": 1, "gen": 2}
 
 
@@ -35,10 +39,7 @@ class llama_loop_params(ctypes.Structure):
     _fields_ = [
         ("spans", ctypes.POINTER(llama_loop_span)),
         ("n_spans", ctypes.c_int32),
-        ("unit", ctypes.c_int),
-        ("kv", ctypes.c_int),
-        ("routing", ctypes.c_int),
-        ("scope", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ENUMS),
     ]
 
 
@@ -62,18 +63,32 @@ class NativeSpan:
     mix: list[list[float]]  # lower-triangular rows, row i with i + 1 entries
 
 
-def set_loop(ctx: int, *arguments, **keywords) -> bool:
-    """Set the loop of a llama_context: spans, unit, kv, routing, scope as in `environment`; no spans turn it off.
+def set_loop(ctx: int, spans: list[NativeSpan], **choices: str) -> bool:
+    """Set the loop of a llama_context; no spans turn it off. `choices` are unit, kv, routing, scope and rule by name.
 
     Returns True when room for more K/V had to be made and the context's memory was cleared.
     Raises NativeLoopError, after which the old loop is still set.
     """
-    return _with_params(lib.llama_set_loop, ctx, *arguments, **keywords)
+    return _call(lib.llama_set_loop, ctx, spans, choices)
 
 
-def _with_params(
-    function, ctx: int, spans: list[NativeSpan], unit: str = "block", kv: str = "frozen", routing: str = "free", scope: str = "all"
-) -> bool:
+def reserve(ctx: int, spans: list[NativeSpan], **choices: str) -> bool:
+    """Make room now for a loop given as to `set_loop`, and for every smaller one; the loop that is set stays."""
+    return _call(lib.llama_loop_reserve, ctx, spans, choices)
+
+
+def environment(spans: list[NativeSpan], **choices: str) -> str:
+    """The value of LLAMA_LOOP that gives any program linked to the library this loop."""
+    parts = [[s.first, s.last, len(s.mix), *(f"{m:.9g}" for row in s.mix for m in row)] for s in spans]
+    return "/".join(",".join(map(str, part)) for part in [_numbers(choices), *parts])
+
+
+def _numbers(choices: dict[str, str]) -> list[int]:
+    """The enums in the order of llama_loop_params; what is not chosen is the first of its table."""
+    return [table[choices.get(name, next(iter(table)))] for name, table in ENUMS.items()]
+
+
+def _call(function, ctx: int, spans: list[NativeSpan], choices: dict[str, str]) -> bool:
     if not spans:
         return _check(function(ctx, None))
     array = (llama_loop_span * len(spans))()
@@ -86,20 +101,8 @@ def _with_params(
         keep.append(mix)
         c_span.first, c_span.last, c_span.n_passes = span.first, span.last, passes
         c_span.mix = ctypes.cast(mix, ctypes.POINTER(ctypes.c_float))
-    params = llama_loop_params(array, len(spans), UNITS[unit], KV_MODES[kv], ROUTINGS[routing], SCOPES[scope])
+    params = llama_loop_params(array, len(spans), *_numbers(choices))
     return _check(function(ctx, ctypes.byref(params)))
-
-
-def reserve(ctx: int, *arguments, **keywords) -> bool:
-    """Make room now for a loop given as to `set_loop`, and for every smaller one; the loop that is set stays."""
-    return _with_params(lib.llama_loop_reserve, ctx, *arguments, **keywords)
-
-
-def environment(spans: list[NativeSpan], unit: str = "block", kv: str = "frozen", routing: str = "free", scope: str = "all") -> str:
-    """The value of LLAMA_LOOP that gives any program linked to the library this loop."""
-    head = [UNITS[unit], KV_MODES[kv], ROUTINGS[routing], SCOPES[scope]]
-    parts = [[s.first, s.last, len(s.mix), *(f"{m:.9g}" for row in s.mix for m in row)] for s in spans]
-    return "/".join(",".join(map(str, part)) for part in [head, *parts])
 
 
 def set_phase(ctx: int, phase: str) -> None:

@@ -31,7 +31,10 @@ def add_servers(endpoints: str) -> None:
         lib = load_shared_library("ggml-rpc", libggml_base_path)
     except FileNotFoundError:
         raise EdgeloopError("this build has no RPC; build with CMAKE_ARGS=-DGGML_RPC=ON") from None
-    lib.ggml_backend_rpc_add_server.restype, lib.ggml_backend_rpc_add_server.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+    lib.ggml_backend_rpc_add_server.restype, lib.ggml_backend_rpc_add_server.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_char_p],
+    )
     libggml.ggml_backend_register.restype, libggml.ggml_backend_register.argtypes = None, [ctypes.c_void_p]
     for endpoint in filter(None, (part.strip() for part in endpoints.split(","))):
         if not _ENDPOINT.fullmatch(endpoint):

@@ -37,6 +37,7 @@ class Solver:
     parameters: dict[str, Parameter]
     multiple: int = 1  # the passes of one step: their count must be a multiple
     takes_weights: bool = False
+    rule: str = "mix"  # the engine's rule where no matrix says it; the mix is then not used
 
 
 def _ones(k: int) -> Mix:
@@ -158,6 +159,11 @@ SOLVERS: dict[str, Solver] = {
         Solver("poly", _poly, {}, takes_weights=True),
         Solver("uniform", _uniform, {}),
         Solver("moving-average", _moving_average, {"lambda": Parameter(0.5, 0.0, 1.0)}),
+        # every layer passes on the mean of its outputs in the passes so far ("uniform" in the code of 2605.23872)
+        Solver("running-mean", _naive, {}, rule="running-mean"),
+        # next input = sum of w[j] G(x[j]), for each token w[j] ~ max(cos(G(x[j]), G(x[0])), 0), sum 1 (regularizer 3 of
+        # 2602.14759, from its prose)
+        Solver("auto-align", _naive, {}, rule="auto-align"),
     )
 }
 

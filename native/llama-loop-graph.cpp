@@ -31,16 +31,6 @@ static void loop_terms_clean(loop_terms & terms) {
     terms = std::move(res);
 }
 
-// the rows that the builder keeps in its last layer
-static ggml_tensor * loop_out_ids(const llm_graph_result & res) {
-    for (const auto & input : res.inputs) {
-        if (const auto * inp = dynamic_cast<const llm_graph_input_out_ids *>(input.get())) {
-            return inp->out_ids;
-        }
-    }
-    GGML_ABORT("rows were dropped without out_ids");
-}
-
 class llm_graph_input_loop_mask : public llm_graph_input_i {
 public:
     llm_graph_input_loop_mask(const llama_cparams & cparams) : mask(cparams.loop_mask) {}
@@ -90,6 +80,10 @@ int llm_graph_context::loop_next(ggml_tensor *& inpL) {
 
     const bool in_block = loop.i_block < lp->blocks.size() && loop.il >= lp->blocks[loop.i_block].first;
 
+    if (in_block && lp->params.rule == LLAMA_LOOP_RULE_RUNNING_MEAN) {
+        inpL = loop_mean(inpL);
+    }
+
     if (in_block && loop.il == lp->blocks[loop.i_block].last) {
         const auto & block = lp->blocks[loop.i_block];
 
@@ -97,7 +91,7 @@ int llm_graph_context::loop_next(ggml_tensor *& inpL) {
         ggml_build_forward_expand(gf, inpL);
 
         loop.g.push_back(inpL);
-        inpL = loop_mix(block);
+        inpL = loop_state(block);
 
         loop.il = loop.pass.i + 1 < block.n_passes ? block.first : block.last + 1;
         loop.i_routing = 0;
@@ -113,6 +107,7 @@ int llm_graph_context::loop_next(ggml_tensor *& inpL) {
             loop.pass = {};
             loop.x.clear();
             loop.g.clear();
+            loop.mean.clear();
             loop.routing_first.clear();
         }
     } else {
@@ -139,6 +134,75 @@ bool llm_graph_context::loop_is_last(int il) const {
     const bool again = loop.pass.is_looped && loop.pass.i + 1 < cparams.loop->blocks[loop.i_block].n_passes;
 
     return il == n_layer - 1 && !again;
+}
+
+ggml_tensor * llm_graph_context::loop_rows(ggml_tensor * t, int64_t n_rows) const {
+    if (t->ne[1] == n_rows) {
+        return t;
+    }
+    for (const auto & input : res->inputs) {
+        if (const auto * inp = dynamic_cast<const llm_graph_input_out_ids *>(input.get())) {
+            return ggml_get_rows(ctx0, t, inp->out_ids);
+        }
+    }
+    GGML_ABORT("rows were dropped without out_ids");
+}
+
+ggml_tensor * llm_graph_context::loop_state(const llama_loop_block & block) {
+    const int32_t i = loop.pass.i;
+
+    ggml_tensor * cur = loop.g[i];
+
+    switch (cparams.loop->params.rule) {
+        case LLAMA_LOOP_RULE_MIX:          cur = loop_mix(block); break;
+        case LLAMA_LOOP_RULE_AUTO_ALIGN:   cur = loop_align();    break;
+        case LLAMA_LOOP_RULE_RUNNING_MEAN: break; // is the last layer's mean already
+    }
+
+    // tokens outside the scope leave the span as after the first pass
+    if (loop.mask && i + 1 == block.n_passes) {
+        ggml_tensor * plain = loop_rows(loop.g[0], cur->ne[1]);
+
+        cur = ggml_add(ctx0, plain, ggml_mul(ctx0, ggml_sub(ctx0, cur, plain), loop_rows(loop.mask, cur->ne[1])));
+    }
+    cb(cur, "loop_x", block.last);
+
+    return cur;
+}
+
+ggml_tensor * llm_graph_context::loop_mean(ggml_tensor * cur) {
+    auto & mean = loop.mean[loop.il];
+
+    if (loop.pass.i == 0) {
+        mean = cur;
+    } else {
+        mean = loop_rows(mean, cur->ne[1]);
+        mean = ggml_add(ctx0, mean, ggml_scale(ctx0, ggml_sub(ctx0, cur, mean), 1.0f/(loop.pass.i + 1)));
+    }
+    return mean;
+}
+
+ggml_tensor * llm_graph_context::loop_align() {
+    const int64_t n_rows = loop.g.back()->ne[1];
+
+    ggml_tensor * g0  = loop_rows(loop.g[0], n_rows);
+    ggml_tensor * gg0 = ggml_sum_rows(ctx0, ggml_sqr(ctx0, g0));
+
+    ggml_tensor * cur   = g0; // the first weight is cos(G(x[0]), G(x[0])) = 1
+    ggml_tensor * w_sum = nullptr;
+
+    for (size_t j = 1; j < loop.g.size(); ++j) {
+        ggml_tensor * g  = loop_rows(loop.g[j], n_rows);
+        ggml_tensor * gg = ggml_sum_rows(ctx0, ggml_sqr(ctx0, g));
+
+        ggml_tensor * w = ggml_sum_rows(ctx0, ggml_mul(ctx0, g, g0)); // [1, n_rows]
+        w = ggml_relu(ctx0, ggml_div(ctx0, w, ggml_sqrt(ctx0, ggml_mul(ctx0, gg, gg0))));
+
+        cur   = ggml_add(ctx0, cur, ggml_mul(ctx0, g, w));
+        w_sum = w_sum ? ggml_add(ctx0, w_sum, w) : w;
+    }
+
+    return w_sum ? ggml_div(ctx0, cur, ggml_scale_bias(ctx0, w_sum, 1.0f, 1.0f)) : cur;
 }
 
 ggml_tensor * llm_graph_context::loop_mix(const llama_loop_block & block) {
@@ -168,27 +232,16 @@ ggml_tensor * llm_graph_context::loop_mix(const llama_loop_block & block) {
         terms = std::move(step);
     }
 
-    // the last layer of the model may have kept the rows with outputs only
-    const int64_t n_rows = loop.g[i]->ne[1];
-
     ggml_tensor * cur = nullptr;
     for (const auto & [t, coef] : terms) {
-        ggml_tensor * term = t->ne[1] != n_rows ? ggml_get_rows(ctx0, t, loop_out_ids(*res)) : t;
+        // the last layer of the model may have kept the rows with outputs only
+        ggml_tensor * term = loop_rows(t, loop.g[i]->ne[1]);
 
         if (std::fabs(coef - 1.0) > LOOP_COEF_EPS) {
             term = ggml_scale(ctx0, term, (float) coef);
         }
         cur = cur ? ggml_add(ctx0, cur, term) : term;
     }
-    // tokens outside the scope leave the span as after the first pass
-    if (loop.mask && i + 1 == block.n_passes) {
-        const auto rows = [&](ggml_tensor * t) { return t->ne[1] != n_rows ? ggml_get_rows(ctx0, t, loop_out_ids(*res)) : t; };
-
-        ggml_tensor * plain = rows(loop.g[0]);
-
-        cur = ggml_add(ctx0, plain, ggml_mul(ctx0, ggml_sub(ctx0, cur, plain), rows(loop.mask)));
-    }
-    cb(cur, "loop_x", block.last);
 
     return cur;
 }
@@ -218,12 +271,9 @@ void llm_graph_context::loop_reuse_routing(ggml_tensor *& selected_experts, ggml
     std::tie(selected_experts, weights) = loop.routing_first.at(loop.i_routing++);
 
     if (weights->ne[2] != n_rows) {
-        ggml_tensor * out_ids = loop_out_ids(*res);
+        selected_experts = loop_rows(selected_experts, n_rows);
 
-        selected_experts = ggml_get_rows(ctx0, selected_experts, out_ids);
-
-        weights = ggml_reshape_2d(ctx0, weights, weights->ne[1], weights->ne[2]);
-        weights = ggml_get_rows  (ctx0, weights, out_ids);
+        weights = loop_rows(ggml_reshape_2d(ctx0, weights, weights->ne[1], weights->ne[2]), n_rows);
         weights = ggml_reshape_3d(ctx0, weights, 1, weights->ne[0], weights->ne[1]);
     }
 }

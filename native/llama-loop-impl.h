@@ -73,6 +73,9 @@ struct llama_loop_cursor {
     std::vector<ggml_tensor *> x; // states that entered the passes of this block
     std::vector<ggml_tensor *> g; // what the passes made of them
 
+    // rule = running mean: of each layer's outputs in the passes so far
+    std::map<int, ggml_tensor *> mean;
+
     // models without a cache: the first pass's K and V of each layer
     mutable std::map<int, std::pair<ggml_tensor *, ggml_tensor *>> kv_first;
 

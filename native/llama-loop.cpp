@@ -28,7 +28,7 @@ uint64_t llama_loop::hash() const {
     };
 
     for (const auto & block : blocks) {
-        const int32_t numbers[] = { block.first, block.last, block.n_passes, block.kv, params.routing, params.scope };
+        const int32_t numbers[] = { block.first, block.last, block.n_passes, block.kv, params.routing, params.scope, params.rule };
         add(numbers, sizeof(numbers));
         add(block.mix.data(), block.mix.size()*sizeof(float));
     }
@@ -46,8 +46,9 @@ int32_t llama_loop::n_visits() const {
 uint32_t llama_loop::n_nodes_max(uint32_t n_nodes_plain) const {
     uint64_t res = (uint64_t) n_nodes_plain*n_visits()/n_layer;
     for (const auto & block : blocks) {
-        // the sum after pass i has at most 2*i + 3 terms of three nodes each; the scope takes six
-        res += 3u*block.n_passes*(block.n_passes + 2u) + 6u;
+        // the sum after pass i has at most 2*i + 3 terms of three nodes each, or i + 1 of thirteen; a mean takes four for each
+        // layer, the scope six
+        res += 13u*block.n_passes*(block.n_passes + 2u) + 4u*block.n_passes*(block.last - block.first + 1u) + 6u;
     }
     return res;
 }
@@ -95,6 +96,11 @@ static std::shared_ptr<const llama_loop> loop_init(const llama_loop_params & par
         return nullptr;
     }
 
+    if (params.rule < LLAMA_LOOP_RULE_MIX || params.rule > LLAMA_LOOP_RULE_AUTO_ALIGN) {
+        error = format("rule %d is unknown", (int) params.rule);
+        return nullptr;
+    }
+
     int32_t n_visits = n_layer;
     int32_t prev     = -1;
 
@@ -119,13 +125,13 @@ static std::shared_ptr<const llama_loop> loop_init(const llama_loop_params & par
             error = format("the loop applies more than %d layers to a token", LLAMA_LOOP_MAX_VISITS);
             return nullptr;
         }
-        if (!span.mix) {
+        if (!span.mix && params.rule == LLAMA_LOOP_RULE_MIX) {
             error = format("span %d..%d has no mix", span.first, span.last);
             return nullptr;
         }
 
         std::vector<float> mix(size_t(span.n_passes)*span.n_passes, 0.0f);
-        for (int32_t i = 0; i < span.n_passes; ++i) {
+        for (int32_t i = 0; params.rule == LLAMA_LOOP_RULE_MIX && i < span.n_passes; ++i) {
             for (int32_t j = 0; j <= i; ++j) {
                 const float m = span.mix[i*span.n_passes + j];
                 if (!std::isfinite(m)) {
@@ -163,7 +169,9 @@ static bool loop_is_same(const llama_loop * a, const llama_loop * b) {
     if (!a || !b) {
         return a == b;
     }
-    if (a->params.unit != b->params.unit || a->params.kv != b->params.kv || a->params.routing != b->params.routing || a->params.scope != b->params.scope || a->mixes != b->mixes) {
+    if (a->params.unit    != b->params.unit    || a->params.kv    != b->params.kv    ||
+        a->params.routing != b->params.routing || a->params.scope != b->params.scope ||
+        a->params.rule    != b->params.rule    || a->mixes        != b->mixes) {
         return false;
     }
     for (size_t s = 0; s < a->spans.size(); ++s) {
@@ -401,7 +409,8 @@ void llama_context::loop_from_env() {
     params.unit    = (llama_loop_unit)    integer(',');
     params.kv      = (llama_loop_kv)      integer(',');
     params.routing = (llama_loop_routing) integer(',');
-    params.scope   = (llama_loop_scope)   integer('/');
+    params.scope   = (llama_loop_scope)   integer(',');
+    params.rule    = (llama_loop_rule)    integer('/');
 
     std::vector<llama_loop_span>    spans;
     std::vector<std::vector<float>> mixes;
@@ -483,6 +492,7 @@ llama_loop_params llama_loop_default_params() {
         /*.kv      =*/ LLAMA_LOOP_KV_FROZEN,
         /*.routing =*/ LLAMA_LOOP_ROUTING_FREE,
         /*.scope   =*/ LLAMA_LOOP_SCOPE_ALL,
+        /*.rule    =*/ LLAMA_LOOP_RULE_MIX,
     };
 }
 

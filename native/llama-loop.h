@@ -18,9 +18,9 @@
 // A program that does not call these functions can be given a loop in the environment variable LLAMA_LOOP, which every
 // context reads when it is made (a wrong one is an error):
 //
-//     UNIT,KV,ROUTING,SCOPE/FIRST,LAST,N_PASSES,MIX.../FIRST,...
+//     UNIT,KV,ROUTING,SCOPE,RULE/FIRST,LAST,N_PASSES,MIX.../FIRST,...
 //
-// with the numbers of the enums below and the rows of the mix up to the diagonal. `edgeloop env SPEC -m MODEL` writes it.
+// with the numbers of the enums below and the rows of the mix up to the diagonal, also where the rule does not use them. `edgeloop env SPEC -m MODEL` writes it.
 //
 
 #define LLAMA_LOOP_MAX_PASSES 64  // passes of one span
@@ -51,6 +51,13 @@ extern "C" {
         LLAMA_LOOP_KV_LAST   = 3, // this batch's of the same pass, older tokens' last; keeps the last pass's
     };
 
+    // how the state after a pass is put together
+    enum llama_loop_rule {
+        LLAMA_LOOP_RULE_MIX          = 0, // by the matrix, as above
+        LLAMA_LOOP_RULE_RUNNING_MEAN = 1, // every layer passes on the mean of its outputs in the passes so far
+        LLAMA_LOOP_RULE_AUTO_ALIGN   = 2, // sum of w[j] G(x[j]) with w[j] ~ max(cos(G(x[j]), G(x[0])), 0) for each token, sum 1
+    };
+
     // the experts of mixture-of-experts layers in the passes after the first
     enum llama_loop_routing {
         LLAMA_LOOP_ROUTING_FREE   = 0, // each pass selects its own
@@ -76,7 +83,7 @@ extern "C" {
         int32_t last;
         int32_t n_passes; // in total; 1 is the plain model
 
-        const float * mix; // [n_passes][n_passes], row-major; entries above the diagonal are not read
+        const float * mix; // [n_passes][n_passes], row-major; entries above the diagonal are not read. NULL with another rule
     };
 
     struct llama_loop_params {
@@ -88,9 +95,10 @@ extern "C" {
         enum llama_loop_kv      kv;
         enum llama_loop_routing routing;
         enum llama_loop_scope   scope; // with kv = last only all
+        enum llama_loop_rule    rule;
     };
 
-    // No spans, unit = block, kv = frozen, routing = free, scope = all.
+    // No spans, unit = block, kv = frozen, routing = free, scope = all, rule = mix.
     LLAMA_API struct llama_loop_params llama_loop_default_params(void);
 
     // Set the loop of a context; NULL turns it off. May be called between any two decodes; the parameters are copied.

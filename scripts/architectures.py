@@ -115,6 +115,7 @@ def examine(path: str, arch: str) -> dict:
     import numpy as np
 
     from edgeloop import Loop, native
+    from edgeloop.llama import native_arguments
 
     model = Model(path, arch)
     tokens = tokens_for(model.n_vocab)
@@ -122,9 +123,7 @@ def examine(path: str, arch: str) -> dict:
     scale = float(np.abs(plain).max()) or 1.0
 
     def set_loop(spec: str) -> None:
-        loop = Loop.parse(spec).resolve(model.n_layer)
-        spans = [native.NativeSpan(s.first, s.last, m) for s, m in zip(loop.spans, loop.mixes())]
-        native.set_loop(model.ctx, spans, loop.unit, loop.kv, loop.routing, loop.scope)
+        native.set_loop(model.ctx, **native_arguments(Loop.parse(spec).resolve(model.n_layer)))
 
     def distance(a, b) -> float:
         return float(np.abs(a - b).max()) / scale
@@ -159,7 +158,10 @@ def examine(path: str, arch: str) -> dict:
             if by_one is not None:
                 difference = distance(model.fresh(tokens, 1), whole)
                 result[f"{kv}_by_one"] = max(difference, result.get(f"{kv}_by_one", 0.0))
-                expect(f"{kv} at {s} by single tokens ({difference:.1e}, plain {by_one:.1e})", difference <= max(MAX_RATIO * by_one, NOISE))
+                expect(
+                    f"{kv} at {s} by single tokens ({difference:.1e}, plain {by_one:.1e})",
+                    difference <= max(MAX_RATIO * by_one, NOISE),
+                )
             if model.memory and not model.encodes:
                 half = N_TOKENS // 2
                 model.clear()
@@ -171,7 +173,10 @@ def examine(path: str, arch: str) -> dict:
                 model.clear()
                 read = model.c.llama_state_set_data(model.ctx, state, written)
                 expect(f"{kv} at {s}: state is read", read == written)
-                expect(f"{kv} at {s}: state goes on identically", np.array_equal(model.logits(tokens[half:], start=half), straight))
+                expect(
+                    f"{kv} at {s}: state goes on identically",
+                    np.array_equal(model.logits(tokens[half:], start=half), straight),
+                )
     set_loop("off")
     expect("off again is off", np.array_equal(model.fresh(tokens), plain))
     return result
@@ -194,7 +199,17 @@ def build_upstream(folder: Path) -> tuple[Path, Path]:
             tar.extractall(folder, filter="data")
     build, models = folder / "build", folder / "models"
     off = [f"-DLLAMA_BUILD_{part}=OFF" for part in ("TOOLS", "EXAMPLES", "SERVER", "APP")]
-    cmake = ["cmake", "-G", "Ninja", "-S", source / "vendor/llama.cpp", "-B", build, "-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF"]
+    cmake = [
+        "cmake",
+        "-G",
+        "Ninja",
+        "-S",
+        source / "vendor/llama.cpp",
+        "-B",
+        build,
+        "-DCMAKE_BUILD_TYPE=Release",
+        "-DLLAMA_CURL=OFF",
+    ]
     cmake += [*off, "-DLLAMA_BUILD_COMMON=ON", "-DLLAMA_BUILD_TESTS=ON"]
     subprocess.run(cmake, check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["ninja", "-C", build, "test-llama-archs"], check=True, stdout=subprocess.DEVNULL)
@@ -216,7 +231,11 @@ def work(job: str, path: Path, arch: str, libraries: Path | None = None) -> dict
         return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return {"crashed": next((line for line in lines if "ASSERT" in line), (lines or [f"exit code {done.returncode}"])[-1])[:200]}
+        return {
+            "crashed": next(
+                (line for line in lines if "ASSERT" in line), (lines or [f"exit code {done.returncode}"])[-1]
+            )[:200]
+        }
 
 
 def architecture_of(path: Path) -> str:

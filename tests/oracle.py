@@ -67,11 +67,15 @@ class Pass:
         self.keys_values = keys_values
         self.routing = routing
         self.routed: dict[int, Array] = {}
+        self.passes_on: Callable[[int, Array], Array] = lambda il, x: (
+            x
+        )  # what a layer hands to the next, given its output
         self.i = 0
 
     def __call__(self, x: Array) -> Array:
         for il in self.layers:
             x = layer(self.model, il, x, self.position, partial(self._see, il), partial(self._route, il))
+            x = self.passes_on(il, x)
         self.i += 1
         return x
 
@@ -288,7 +292,31 @@ def moving_average(g: Map, x: Array, K: int, lambda_: float = 0.5) -> Array:
     return x
 
 
+def auto_align(g: Map, x: Array, K: int) -> Array:
+    outputs: list[Array] = []
+    for _ in range(K):
+        outputs.append(g(x))
+        first = outputs[0]
+        cos = [np.sum(y * first, -1) / np.linalg.norm(y, axis=-1) / np.linalg.norm(first, axis=-1) for y in outputs]
+        w = np.maximum(cos, 0)
+        x = np.einsum("jt,jtd->td", w / w.sum(axis=0), outputs)
+    return x
+
+
+def running_mean(g: Pass, x: Array, K: int) -> Array:
+    outputs: dict[int, list[Array]] = {il: [] for il in g.layers}
+
+    def mean(il: int, y: Array) -> Array:
+        outputs[il].append(y)
+        return np.mean(outputs[il], axis=0)
+
+    g.passes_on = mean
+    return naive(g, x, K)
+
+
 SOLVERS: dict[str, Callable[..., Array]] = {
+    "auto-align": auto_align,
+    "running-mean": running_mean,
     "naive": naive,
     "euler": euler,
     "anchored": anchored,

@@ -40,9 +40,9 @@ def span(first, last, mix, n_passes=None):
     return llama_loop_span(first, last, len(mix) if n_passes is None else n_passes, data)
 
 
-def params(spans, unit=BLOCK, kv=FROZEN, n_spans=None, routing=0, scope=0):
+def params(spans, unit=BLOCK, kv=FROZEN, n_spans=None, routing=0, scope=0, rule=0):
     array = None if spans is None else (llama_loop_span * len(spans))(*spans)
-    return llama_loop_params(array, len(spans) if n_spans is None else n_spans, unit, kv, routing, scope)
+    return llama_loop_params(array, len(spans) if n_spans is None else n_spans, unit, kv, routing, scope, rule)
 
 
 def set_loop(ctx, loop):
@@ -105,6 +105,7 @@ REFUSED = {
     "kv 4": (lambda: params([span(1, 2, euler(2))], kv=4), "kv mode 4"),
     "routing 2": (lambda: params([span(1, 2, euler(2))], routing=2), "routing 2"),
     "routing frozen without experts": (lambda: params([span(1, 2, euler(2))], routing=1), "has no experts"),
+    "rule 3": (lambda: params([span(1, 2, euler(2))], rule=3), "rule 3"),
     "scope -1": (lambda: params([span(1, 2, euler(2))], scope=-1), "scope -1"),
     "scope 3": (lambda: params([span(1, 2, euler(2))], scope=3), "scope 3"),
     "scope gen, kv last": (lambda: params([span(1, 2, euler(2))], scope=2, kv=3), "kv=last keeps the last pass's K/V"),
@@ -357,7 +358,7 @@ def test_the_largest_loop_can_be_evaluated(llm, ctx):
 def test_native_set_loop(llm):
     with new_context(llm) as ctx:
         spans = [native.NativeSpan(1, 2, [[0.5], [0.25, 0.75]]), native.NativeSpan(4, 4, [[1.0]])]
-        assert native.set_loop(ctx, spans, "layer", "last") is False
+        assert native.set_loop(ctx, spans, unit="layer", kv="last") is False
         assert get_loop(ctx) == ([(1, 2, [[0.5, 0.0], [0.25, 0.75]]), (4, 4, [[1.0]])], LAYER, LAST)
         assert native.set_loop(ctx, spans, kv="own") is True
         assert native.loop_memory_size(ctx) == lib.llama_loop_memory_size(ctx) > 0

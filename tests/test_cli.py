@@ -17,7 +17,12 @@ ONE_THREAD = ["-t", "1"]
 def run(*arguments, stdin="", **environment):
     # not in the source folder, which has no built libraries
     return subprocess.run(
-        [*EDGELOOP, *map(str, arguments)], input=stdin, capture_output=True, text=True, cwd="/", env=os.environ | environment
+        [*EDGELOOP, *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env=os.environ | environment,
     )
 
 
@@ -40,7 +45,22 @@ def test_help(arguments, expected):
 def test_every_option_has_an_environment_variable():
     for command in ("chat", "run"):
         text = " ".join(run(command, "--help").stdout.split())
-        for name in ("MODEL", "LOOP", "CTX_SIZE", "PREDICT", "THREADS", "GPU_LAYERS", "TEMP", "TOP_K", "TOP_P", "MIN_P", "SEED", "SYSTEM_PROMPT", "OFFLINE", "VERBOSE"):
+        for name in (
+            "MODEL",
+            "LOOP",
+            "CTX_SIZE",
+            "PREDICT",
+            "THREADS",
+            "GPU_LAYERS",
+            "TEMP",
+            "TOP_K",
+            "TOP_P",
+            "MIN_P",
+            "SEED",
+            "SYSTEM_PROMPT",
+            "OFFLINE",
+            "VERBOSE",
+        ):
             assert f"EDGELOOP_{name}" in text
 
 
@@ -84,7 +104,12 @@ def test_errors_are_one_line(arguments, code, message, demo_model, tmp_path):
     (tmp_path / "text.gguf").write_text("not a model")
     with open(demo_model, "rb") as f:
         (tmp_path / "short.gguf").write_bytes(f.read(50_000_000))
-    places = {"demo": demo_model, "text": tmp_path / "text.gguf", "short": tmp_path / "short.gguf", "long": "word " * 400}
+    places = {
+        "demo": demo_model,
+        "text": tmp_path / "text.gguf",
+        "short": tmp_path / "short.gguf",
+        "long": "word " * 400,
+    }
     done = run(*(a.format(**places) for a in arguments))
     assert done.returncode == code, done.stderr
     assert message in done.stderr
@@ -96,7 +121,11 @@ def test_errors_are_one_line(arguments, code, message, demo_model, tmp_path):
 def test_offline_without_the_demo_model(tmp_path):
     done = run("run", "-p", "x", "--offline", EDGELOOP_CACHE=str(tmp_path))
     assert done.returncode == 2
-    assert "--offline forbids the download" in done.stderr and str(tmp_path) in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (
+        "--offline forbids the download" in done.stderr
+        and str(tmp_path) in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
 def test_a_damaged_download_is_not_kept(tmp_path, monkeypatch):
@@ -117,14 +146,29 @@ def test_a_damaged_download_is_not_kept(tmp_path, monkeypatch):
 
 
 def test_run_answers_on_stdout_only(demo_model):
-    done = run("run", demo_model, "-p", "What is the capital of France?", "--temp", "0", "--loop", "12-14x3", *ONE_THREAD)
+    done = run(
+        "run", demo_model, "-p", "What is the capital of France?", "--temp", "0", "--loop", "12-14x3", *ONE_THREAD
+    )
     assert done.returncode == 0 and "Paris" in done.stdout and not done.stderr
-    piped = run("run", demo_model, "--temp", "0", "--loop", "12-14x3", *ONE_THREAD, stdin="What is the capital of France?")
+    piped = run(
+        "run", demo_model, "--temp", "0", "--loop", "12-14x3", *ONE_THREAD, stdin="What is the capital of France?"
+    )
     assert piped.stdout == done.stdout
 
 
 def test_run_json_and_environment(demo_model):
-    done = run("run", "-p", "Count to three.", "-n", "8", "--json", *ONE_THREAD, EDGELOOP_MODEL=demo_model, EDGELOOP_LOOP="40%-50%x2", EDGELOOP_TEMP="0")
+    done = run(
+        "run",
+        "-p",
+        "Count to three.",
+        "-n",
+        "8",
+        "--json",
+        *ONE_THREAD,
+        EDGELOOP_MODEL=demo_model,
+        EDGELOOP_LOOP="40%-50%x2",
+        EDGELOOP_TEMP="0",
+    )
     answer = json.loads(done.stdout)
     assert answer["loop"] == "12-14x2" and answer["model"] == demo_model
     assert answer["text"] and answer["finish_reason"] == "length" and answer["seconds"] > 0
@@ -137,7 +181,9 @@ def test_run_raw_continues_text(demo_model):
 
 
 def test_seed_repeats(demo_model):
-    answers = {run("run", demo_model, "-p", "Tell a story.", "-n", "12", "-s", seed, *ONE_THREAD).stdout for seed in (7, 7, 8)}
+    answers = {
+        run("run", demo_model, "-p", "Tell a story.", "-n", "12", "-s", seed, *ONE_THREAD).stdout for seed in (7, 7, 8)
+    }
     assert len(answers) == 2
 
 
@@ -146,7 +192,9 @@ def test_inspect(demo_model):
     assert "0-14 12-14 12-29" in text and "1.20 times the layers" in text
     facts = json.loads(run("inspect", demo_model, "--loop", "12-14x3:kv=own", "-c", "1024", "--json").stdout)
     assert facts["layers"] == 30 and facts["architecture"] == "llama" and facts["layer_order"].count(13) == 3
-    assert facts["loop_memory_bytes"] == 2 * 3 * 2 * 3 * 64 * 2 * 1024  # slots x layers x (K, V) x heads x head size x f16 x cells
+    assert (
+        facts["loop_memory_bytes"] == 2 * 3 * 2 * 3 * 64 * 2 * 1024
+    )  # slots x layers x (K, V) x heads x head size x f16 x cells
 
 
 @pytest.fixture
@@ -155,8 +203,13 @@ def chat(demo_model):
 
     def start(*arguments):
         child = pexpect.spawn(
-            sys.executable, ["-m", "edgeloop.cli", "chat", demo_model, "--temp", "0", *ONE_THREAD, *arguments],
-            encoding="utf-8", timeout=60, cwd="/", dimensions=(40, 200), echo=False,
+            sys.executable,
+            ["-m", "edgeloop.cli", "chat", demo_model, "--temp", "0", *ONE_THREAD, *arguments],
+            encoding="utf-8",
+            timeout=60,
+            cwd="/",
+            dimensions=(40, 200),
+            echo=False,
         )
         opened.append(child)
         return child
@@ -214,13 +267,26 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
 
 
 def test_chat_from_a_pipe(demo_model):
-    done = run("chat", demo_model, "--temp", "0", "-n", "9", *ONE_THREAD, stdin="Say hello.\n/loop 12-14x2\n\nSay it again.\n")
+    done = run(
+        "chat", demo_model, "--temp", "0", "-n", "9", *ONE_THREAD, stdin="Say hello.\n/loop 12-14x2\n\nSay it again.\n"
+    )
     assert done.returncode == 0 and len(done.stdout.splitlines()) >= 2
     assert "loop 12-14x2" in done.stderr
 
 
 def test_single_turn(demo_model):
-    done = run("chat", demo_model, "-st", "-p", "What is the capital of France?", "-sys", "Answer in one word.", "--temp", "0", *ONE_THREAD)
+    done = run(
+        "chat",
+        demo_model,
+        "-st",
+        "-p",
+        "What is the capital of France?",
+        "-sys",
+        "Answer in one word.",
+        "--temp",
+        "0",
+        *ONE_THREAD,
+    )
     assert done.returncode == 0 and "Paris" in done.stdout
 
 

@@ -49,6 +49,8 @@ SOLVERS = (
     "x3:uniform",
     "x3:moving-average",
     "x4:moving-average,lambda=0.3",
+    "x4:running-mean",  # with unit=layer it is uniform with as many passes
+    "x4:auto-align",
 )
 SPANS = ("0-1", "2-3", "4-5")  # start, middle, end
 UNITS = ("block", "layer")

@@ -23,7 +23,17 @@ def arguments(spec, n_layer=6):
 
 
 @pytest.mark.parametrize(
-    "spec", ["2-3x3", "0-0x2:naive,kv=own", "1-2x4:rk4,unit=layer", "0-1x2+4-5x3:heavy-ball,kv=first", "2-3x2:naive,scope=gen", "3-4x64"]
+    "spec",
+    [
+        "2-3x3",
+        "0-0x2:naive,kv=own",
+        "1-2x4:rk4,unit=layer",
+        "0-1x2+4-5x3:heavy-ball,kv=first",
+        "2-3x2:naive,scope=gen",
+        "3-4x64",
+        "2-3x3:running-mean",
+        "1-2x3:auto-align,kv=own",
+    ],
 )
 def test_a_program_that_does_not_know_the_loop_gets_it(tiny_llama, load, monkeypatch, capsys, spec):
     with pytest.raises(SystemExit) as done:
@@ -46,18 +56,18 @@ def test_a_program_that_does_not_know_the_loop_gets_it(tiny_llama, load, monkeyp
     [
         ("12-20x3", "a number and ',' were expected at '12-20x3'"),
         ("x", "a number and ',' were expected at 'x'"),
-        ("0,0,0,0", "a number and '/' were expected at '0'"),
-        ("0,0,0,0/", "a number and ',' were expected at ''"),
-        ("0,0,0,0/1,2,2,1,1", "a number and ',' were expected at '1'"),
-        ("0,0,0,0/1,2,2,1,1,1,1", "a number and '/' were expected at '1,1'"),
-        ("0,0,0,0/1,2,2,1,1,1/", "a number and ',' were expected at ''"),
-        ("0,0,0,0/1,2,65," + "1," * 2000, "65 passes, 1 to 64 are possible"),
-        ("0,0,0,0/1,2,-1,1", "-1 passes, 1 to 64 are possible"),
-        ("0,0,0,0/1,99999999999,2,1,1,1", "99999999999 is out of range"),
-        ("0,0,0,0/1,6,2,1,1,1", "span 1..6 is not in the model, which has layers 0..5"),
-        ("9,0,0,0/1,2,2,1,1,1", "unit 9 is unknown"),
-        ("0,0,0,0/1,2,2,1,nan,1", "is not a finite number"),
-        ("0,0,0,0/2,3,2,1,1,1/1,1,2,1,1,1", "starts before the end of the one before it"),
+        ("0,0,0,0,0", "a number and '/' were expected at '0'"),
+        ("0,0,0,0,0/", "a number and ',' were expected at ''"),
+        ("0,0,0,0,0/1,2,2,1,1", "a number and ',' were expected at '1'"),
+        ("0,0,0,0,0/1,2,2,1,1,1,1", "a number and '/' were expected at '1,1'"),
+        ("0,0,0,0,0/1,2,2,1,1,1/", "a number and ',' were expected at ''"),
+        ("0,0,0,0,0/1,2,65," + "1," * 2000, "65 passes, 1 to 64 are possible"),
+        ("0,0,0,0,0/1,2,-1,1", "-1 passes, 1 to 64 are possible"),
+        ("0,0,0,0,0/1,99999999999,2,1,1,1", "99999999999 is out of range"),
+        ("0,0,0,0,0/1,6,2,1,1,1", "span 1..6 is not in the model, which has layers 0..5"),
+        ("9,0,0,0,0/1,2,2,1,1,1", "unit 9 is unknown"),
+        ("0,0,0,0,0/1,2,2,1,nan,1", "is not a finite number"),
+        ("0,0,0,0,0/2,3,2,1,1,1/1,1,2,1,1,1", "starts before the end of the one before it"),
     ],
 )
 def test_a_wrong_value_is_an_error_and_never_an_unlooped_model(tiny_llama, monkeypatch, value, message):
@@ -72,7 +82,9 @@ def test_room_made_in_advance_serves_every_smaller_loop(demo_model, load):
     text = "The capital of France is"
     plain = llm(text, max_tokens=8, temperature=0)["choices"][0]["text"]
     llm.eval(llm.tokenize(text.encode()))
-    assert native.reserve(llm.ctx, **arguments("10-17x4:kv=own", 30)) is True  # room was made, and what was evaluated is gone
+    assert (
+        native.reserve(llm.ctx, **arguments("10-17x4:kv=own", 30)) is True
+    )  # room was made, and what was evaluated is gone
     llm.reset()
     assert not native.reserve(llm.ctx, **arguments("10-17x4:kv=own", 30))
     for spec in ("12-14x2:kv=own", "10-17x4:kv=own", "10-11x4:naive,kv=own", "12-14x8", "10-17x3:unit=layer,kv=own"):

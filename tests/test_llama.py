@@ -10,6 +10,7 @@ import pytest
 from llama_cpp import LlamaRAMCache
 
 from edgeloop import Loop, LoopError, ModelError, gguf_tools, native
+from edgeloop.llama import native_arguments
 
 PROMPT = "The quick brown fox jumps over the lazy dog, and then it sleeps in the warm sun until the evening comes"
 SPAN = "12-14"
@@ -26,7 +27,16 @@ def greedy(llm, prompt=PROMPT, n=32, **kwargs):
     return llm(prompt, max_tokens=n, temperature=0, **kwargs)["choices"][0]["text"]
 
 
-@pytest.mark.parametrize("spec", ["12-14x2:naive,kv=own", "0-1x3:naive,kv=own", "28-29x2:naive,kv=own", "3-4x2+20-22x3:naive,kv=own", "10-12x2:naive,unit=layer,kv=own"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "12-14x2:naive,kv=own",
+        "0-1x3:naive,kv=own",
+        "28-29x2:naive,kv=own",
+        "3-4x2+20-22x3:naive,kv=own",
+        "10-12x2:naive,unit=layer,kv=own",
+    ],
+)
 def test_naive_own_is_the_duplicated_model_bit_for_bit(demo_model, load, tmp_path, spec):
     out = tmp_path / "duplicated.gguf"
     order = gguf_tools.export(demo_model, out, spec)
@@ -115,7 +125,15 @@ def test_saved_state_grows_by_what_inspect_says(demo_model, load, spec):
 def test_changing_the_loop_200_times_leaks_nothing(demo_model, load):
     llm = load(demo_model)
     plain = greedy(llm, n=8)
-    specs = ["12-14x2", "0-1x3:kv=own", "28-29x4:naive", "off", "5-9x2:kv=first", "5-9x2:kv=last,unit=layer", "3-3x8:rk4,kv=own"]
+    specs = [
+        "12-14x2",
+        "0-1x3:kv=own",
+        "28-29x4:naive",
+        "off",
+        "5-9x2:kv=first",
+        "5-9x2:kv=last,unit=layer",
+        "3-3x8:rk4,kv=own",
+    ]
 
     def round_trip(n):
         for i in range(n):
@@ -140,8 +158,7 @@ class Context:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_threads, params.n_threads_batch = 256, 1, 1
         self.llm, self.ctx = llm, llama_cpp.llama_init_from_model(llm.model, params)
-        loop = Loop.parse(spec).resolve(llm.n_layer)
-        native.set_loop(self.ctx, [native.NativeSpan(s.first, s.last, m) for s, m in zip(loop.spans, loop.mixes())], loop.unit, loop.kv)
+        native.set_loop(self.ctx, **native_arguments(Loop.parse(spec).resolve(llm.n_layer)))
 
     def greedy(self, tokens, n):
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.ctx), True)
@@ -197,7 +214,10 @@ def test_ways_to_set_a_loop(demo_model, load):
     assert llm.loop.is_off and greedy(llm) == plain != inside
     assert greedy(llm, loop=looped) == inside and llm.loop.is_off
     assert llm.create_completion(PROMPT, max_tokens=32, temperature=0, loop=looped)["choices"][0]["text"] == inside
-    assert "".join(c["choices"][0]["text"] for c in llm(PROMPT, max_tokens=32, temperature=0, stream=True, loop=looped)) == inside
+    assert (
+        "".join(c["choices"][0]["text"] for c in llm(PROMPT, max_tokens=32, temperature=0, stream=True, loop=looped))
+        == inside
+    )
     assert llm.loop.is_off
     stream = llm(PROMPT, max_tokens=32, temperature=0, stream=True, loop=looped)
     next(stream)
@@ -206,7 +226,9 @@ def test_ways_to_set_a_loop(demo_model, load):
     assert llm.loop.is_off and greedy(llm) == plain
     messages = [{"role": "user", "content": "Name three colours."}]
     chats = {
-        spec: llm.create_chat_completion(messages, max_tokens=16, temperature=0, loop=spec)["choices"][0]["message"]["content"]
+        spec: llm.create_chat_completion(messages, max_tokens=16, temperature=0, loop=spec)["choices"][0]["message"][
+            "content"
+        ]
         for spec in (None, "10-17x2:naive")
     }
     assert len(set(chats.values())) == 2
@@ -218,11 +240,21 @@ def test_ways_to_set_a_loop(demo_model, load):
 
 @pytest.mark.parametrize(
     "spec, message",
-    [("12-30x2", "30 layers, 0 to 29"), ("x", "is not a span"), ("12-14x65", "1 to 64"), ("0-29x64", "the limit is 512"), (7, "int")],
+    [
+        ("12-30x2", "30 layers, 0 to 29"),
+        ("x", "is not a span"),
+        ("12-14x65", "1 to 64"),
+        ("0-29x64", "the limit is 512"),
+        (7, "int"),
+    ],
 )
 def test_a_wrong_loop_changes_nothing(tiny_llama, demo_model, load, spec, message):
     llm = load(demo_model, loop=f"{SPAN}x2")
-    for attempt in (lambda: setattr(llm, "loop", spec), lambda: llm("a", loop=spec), lambda: llm("a", loop=spec, stream=True)):
+    for attempt in (
+        lambda: setattr(llm, "loop", spec),
+        lambda: llm("a", loop=spec),
+        lambda: llm("a", loop=spec, stream=True),
+    ):
         with pytest.raises(LoopError, match=message):
             attempt()
         assert str(llm.loop) == f"{SPAN}x2"
@@ -272,7 +304,10 @@ def test_the_engine_refuses_a_state_of_another_loop(model, load, tmp_path, reque
         llm.loop = spec
         for other, (whole, n_whole, one, n_one) in saved.items():
             expected = (n_whole, n_one) if other == spec else (0, 0)
-            got = llama_cpp.llama_state_set_data(llm.ctx, whole, n_whole), llama_cpp.llama_state_seq_set_data(llm.ctx, one, n_one, 0)
+            got = (
+                llama_cpp.llama_state_set_data(llm.ctx, whole, n_whole),
+                llama_cpp.llama_state_seq_set_data(llm.ctx, one, n_one, 0),
+            )
             assert got == expected, (spec, other)
         llm.reset()
         llm.eval([5, 6, 7])  # still usable
@@ -284,7 +319,9 @@ def test_draft_model_and_embeddings_work_under_a_loop(demo_model, load):
     repeat = "one two three four five six seven one two three four five six seven one two"
     spec = f"{SPAN}x3:naive"
     plain = greedy(load(demo_model, loop=spec), repeat)
-    assert greedy(load(demo_model, loop=spec, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4)), repeat) == plain
+    assert (
+        greedy(load(demo_model, loop=spec, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4)), repeat) == plain
+    )
     embedder = load(demo_model, embedding=True)
     off = embedder.embed("hello", normalize=True)
     embedder.loop = spec
@@ -304,7 +341,10 @@ def test_what_cannot_be_looped_is_refused_by_name(tmp_path, load):
     llm.eval([8])
 
 
-@pytest.mark.parametrize("content, message", [(None, "no such file"), (b"hello", "not a GGUF file"), (b"GGUF\3\0\0\0", "tiny|read|header|load")])
+@pytest.mark.parametrize(
+    "content, message",
+    [(None, "no such file"), (b"hello", "not a GGUF file"), (b"GGUF\3\0\0\0", "tiny|read|header|load")],
+)
 def test_bad_model_files(tmp_path, load, content, message):
     path = tmp_path / "bad.gguf"
     if content is not None:

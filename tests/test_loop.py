@@ -9,7 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeloop.errors import LoopError
-from edgeloop.loop import AUTO, KV_MODES, MAX_PASSES, MAX_SPEC_CHARS, MAX_VISITS, OFF, ROUTINGS, SCOPES, UNITS, Loop, Span
+from edgeloop.loop import (
+    AUTO,
+    KV_MODES,
+    MAX_PASSES,
+    MAX_SPEC_CHARS,
+    MAX_VISITS,
+    OFF,
+    ROUTINGS,
+    SCOPES,
+    UNITS,
+    Loop,
+    Span,
+)
 from edgeloop.solvers import SOLVERS
 
 # a parse takes far below a millisecond; the deadline only has to tell it from one that hangs

@@ -14,7 +14,14 @@ SERVER = next(iter((vendor_dir() / "llama_cpp" / "lib").glob("ggml-rpc-server*")
 
 pytestmark = pytest.mark.skipif(SERVER is None, reason="built without GGML_RPC")
 
-SPECS = ["off", "12-14x3:naive", "12-14x3:naive,kv=own", "26-29x3:kv=own,unit=layer", "12-14x2:kv=first", "0-1x2:kv=last"]
+SPECS = [
+    "off",
+    "12-14x3:naive",
+    "12-14x3:naive,kv=own",
+    "26-29x3:kv=own,unit=layer",
+    "12-14x2:kv=first",
+    "0-1x2:kv=last",
+]
 SPLITS = [0, 14, -1]  # layers on the device: none, the upper half with a border inside spans, all
 
 # in a process of its own: a device stays registered until the process ends
@@ -43,7 +50,9 @@ def server():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = subprocess.Popen([SERVER, "-H", "127.0.0.1", "-p", str(port), "-t", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [SERVER, "-H", "127.0.0.1", "-p", str(port), "-t", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     for _ in range(200):
         try:
             socket.create_connection(("127.0.0.1", port)).close()
@@ -66,13 +75,28 @@ def test_every_split_gives_the_cpus_tokens(server, demo_model):
 
 
 def test_the_command_line(server, demo_model):
-    command = [sys.executable, "-m", "edgeloop.cli", "run", demo_model, "-p", "What is the capital of France?", "--temp", "0", "-t", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "edgeloop.cli",
+        "run",
+        demo_model,
+        "-p",
+        "What is the capital of France?",
+        "--temp",
+        "0",
+        "-t",
+        "1",
+    ]
     command += ["--loop", "12-14x3", "--rpc", server]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0 and "Paris" in done.stdout and not done.stderr
 
 
-@pytest.mark.parametrize("endpoint, message", [("nowhere", "'nowhere' is not HOST:PORT"), ("127.0.0.1:1", "no RPC server answers at 127.0.0.1:1")])
+@pytest.mark.parametrize(
+    "endpoint, message",
+    [("nowhere", "'nowhere' is not HOST:PORT"), ("127.0.0.1:1", "no RPC server answers at 127.0.0.1:1")],
+)
 def test_a_server_that_is_not_there(endpoint, message, demo_model):
     command = [sys.executable, "-m", "edgeloop.cli", "run", demo_model, "-p", "x", "--rpc", endpoint]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/")

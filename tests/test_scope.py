@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from edgeloop import Loop, native
+from edgeloop.llama import native_arguments
 
 PROMPT = [5 + 7 * i % 240 for i in range(20)]
 NEXT = [17, 99, 203]
@@ -13,9 +14,7 @@ SPANS = ["2-3x3", "0-1x2:naive", "4-5x3:naive,unit=layer", "1-2x2+4-5x3"]
 
 def set_loop(llm, spec):
     """Without forgetting what was evaluated."""
-    loop = Loop.parse(spec).resolve(llm.n_layer)
-    spans = [native.NativeSpan(s.first, s.last, m) for s, m in zip(loop.spans, loop.mixes())]
-    native.set_loop(llm.ctx, spans, loop.unit, loop.kv, loop.routing, loop.scope)
+    native.set_loop(llm.ctx, **native_arguments(Loop.parse(spec).resolve(llm.n_layer)))
 
 
 def with_keys(span, *keys):
@@ -83,7 +82,10 @@ def test_a_batch_of_both(span, kv, tiny_llama, load):
                 batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, True
                 batch.seq_id[i][0] = sequence
             assert llama_cpp.llama_decode(self.ctx, batch) == 0
-            rows = [np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.ctx, i), shape=(n_vocab,)).copy() for i in range(len(tokens))]
+            rows = [
+                np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.ctx, i), shape=(n_vocab,)).copy()
+                for i in range(len(tokens))
+            ]
             llama_cpp.llama_batch_free(batch)
             return np.array(rows)
 
@@ -120,7 +122,10 @@ def test_the_caller_can_say_which(tiny_llama, load):
         batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, len(PROMPT) + i, 1, True
         batch.seq_id[i][0] = 0
     assert llama_cpp.llama_decode(llm.ctx, batch) == 0
-    rows = [np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, i), shape=(llm.n_vocab(),)).copy() for i in range(len(NEXT))]
+    rows = [
+        np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, i), shape=(llm.n_vocab(),)).copy()
+        for i in range(len(NEXT))
+    ]
     llama_cpp.llama_batch_free(batch)
     assert distance(np.array(rows), by_one) < 1e-5
 
@@ -131,7 +136,9 @@ def test_drafted_tokens_are_generated_ones(demo_model, load):
     text = "one two three four five six seven one two three four five six seven one two"
 
     def answer(**kwargs):
-        return load(demo_model, loop="12-14x3:naive,scope=gen", **kwargs)(text, max_tokens=24, temperature=0)["choices"][0]["text"]
+        return load(demo_model, loop="12-14x3:naive,scope=gen", **kwargs)(text, max_tokens=24, temperature=0)[
+            "choices"
+        ][0]["text"]
 
     assert answer(draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4)) == answer()
 

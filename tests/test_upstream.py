@@ -44,7 +44,7 @@ def test_from_a_folder(fresh, tmp_path):
     done = prepare(tmp_path / "out", "--patches", ROOT / "patches", "--upstream-dir", fresh)
     assert done.returncode == 0, done.stderr
     models = tmp_path / "out/vendor/llama.cpp/src/models"
-    rewritten = sum(path.read_text(encoding="utf-8").count("loop_next(inpL)") for path in models.glob("*.cpp"))
+    rewritten = sum(path.read_text(encoding="utf-8").count("loop_next(") for path in models.glob("*.cpp"))
     assert rewritten == 131
     assert "llama_loop" in (models.parent / "llama-graph.h").read_text()
 
@@ -74,7 +74,9 @@ def test_a_patch_that_does_not_apply(fresh, tmp_path):
 def test_a_builder_that_changed(fresh, tmp_path):
     shutil.copytree(fresh, tmp_path / "changed")
     path = tmp_path / "changed/vendor/llama.cpp/src/models/qwen2.cpp"
-    path.write_text(path.read_text().replace("for (int il = 0; il < n_layer; ++il) {", "for (int il = 0; il != n_layer; ++il) {"))
+    path.write_text(
+        path.read_text().replace("for (int il = 0; il < n_layer; ++il) {", "for (int il = 0; il != n_layer; ++il) {")
+    )
     done = prepare(tmp_path / "out", "--patches", ROOT / "patches", "--upstream-dir", tmp_path / "changed")
     assert "130 layer loops and 123 tests for the last layer were rewritten, 131 and 124 expected" in one_line(done)
 

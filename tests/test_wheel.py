@@ -17,10 +17,19 @@ def test_it_is_complete():
     with zipfile.ZipFile(WHEEL) as archive:
         names = archive.namelist()
     vendor = "edgeloop/_vendor/"
-    libraries = [os.path.basename(n).split(".")[0].removeprefix("lib") for n in names if n.startswith(vendor + "llama_cpp/lib/")]
+    libraries = [
+        os.path.basename(n).split(".")[0].removeprefix("lib") for n in names if n.startswith(vendor + "llama_cpp/lib/")
+    ]
     assert len(libraries) == len(set(libraries))  # each once: no copies for version links
     assert {"llama", "mtmd", "ggml", "ggml-base", "ggml-cpu"} <= set(libraries)
-    for name in ("llama_cpp/__init__.py", "llama_cpp/server/app.py", "include/llama-loop.h", "include/llama.h", "models/qwen3-4b.toml", "licenses/llama.cpp.txt"):
+    for name in (
+        "llama_cpp/__init__.py",
+        "llama_cpp/server/app.py",
+        "include/llama-loop.h",
+        "include/llama.h",
+        "models/qwen3-4b.toml",
+        "licenses/llama.cpp.txt",
+    ):
         assert vendor + name in names
     assert not [n for n in names if n.endswith((".cpp", ".c", ".gguf", ".a"))]
 
@@ -30,7 +39,12 @@ def test_run_in_a_fresh_environment(demo_model, tmp_path):
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     python = next((venv / folder / "python" for folder in ("bin", "Scripts") if (venv / folder).exists()))
-    site = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))"], capture_output=True, text=True, check=True).stdout.strip()
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     with zipfile.ZipFile(WHEEL) as archive:
         archive.extractall(site)
     # another llama_cpp in the same environment, as an installed llama-cpp-python would be
@@ -46,7 +60,20 @@ def test_run_in_a_fresh_environment(demo_model, tmp_path):
     def run(*command):
         return subprocess.run([python, *command], capture_output=True, text=True, cwd=tmp_path)
 
-    done = run("-m", "edgeloop.cli", "run", demo_model, "-p", "What is the capital of France?", "--loop", "12-14x3", "--temp", "0", "-t", "1")
+    done = run(
+        "-m",
+        "edgeloop.cli",
+        "run",
+        demo_model,
+        "-p",
+        "What is the capital of France?",
+        "--loop",
+        "12-14x3",
+        "--temp",
+        "0",
+        "-t",
+        "1",
+    )
     assert "Paris" in done.stdout, done.stderr
     origin = run("-c", "import edgeloop; print(edgeloop.__file__)").stdout
     assert str(venv) in origin

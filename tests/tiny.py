@@ -2,7 +2,7 @@
 
 Every writer returns the model as a flat dict: the tensors under their GGUF names, as they stand in the file (a matrix
 has one row per output), the hyperparameters under names like n_embd, and under "metadata" what else the file says of
-the architecture. oracle.py computes with it; tiny_more.py has architectures without an oracle. Knows nothing of
+the architecture. oracle.py computes with it; tiny_more.py has more architectures. Knows nothing of
 edgeloop.
 """
 

@@ -1,4 +1,4 @@
-"""Tiny models of more architectures, as in tiny.py but without an oracle.
+"""Tiny models of more architectures, as in tiny.py; oracle.py knows qwen3 and qwen3moe of them.
 
 Each brings a mechanism of llama.cpp that the loop has to get along with: biases, experts, a K-only cache, recurrent
 states, K/V shared between layers, per-layer inputs.
@@ -117,21 +117,26 @@ def write_gemma3n(path: str | os.PathLike, seed: int = 0, n_layer: int = 25) -> 
     n_stream, laurel_rank, n_per_layer = 4, 64, 256
     model = hyperparameters("gemma3n", n_layer, rope_base=1e6) | {"n_layer_kv": 20}
     model["metadata"] |= {"attention.sliding_window": 8, "rope.freq_base_swa": 1e4}
-    layer = ATTENTION | QK_NORMS | FEED_FORWARD | {
-        "post_attention_norm.weight": (N_EMBD,),
-        "post_ffw_norm.weight": (N_EMBD,),
-        "inp_gate.weight": (n_per_layer, N_EMBD),
-        "proj.weight": (N_EMBD, n_per_layer),
-        "post_norm.weight": (N_EMBD,),
-        "altup_correct_coef.weight": (n_stream, n_stream),
-        "altup_correct_scale.weight": (N_EMBD,),
-        "altup_predict_coef.weight": (n_stream * n_stream, n_stream),
-        "altup_router.weight": (n_stream, N_EMBD),
-        "altup_router_norm.weight": (N_EMBD,),
-        "laurel_l.weight": (laurel_rank, N_EMBD),
-        "laurel_r.weight": (N_EMBD, laurel_rank),
-        "laurel_post_norm.weight": (N_EMBD,),
-    }
+    layer = (
+        ATTENTION
+        | QK_NORMS
+        | FEED_FORWARD
+        | {
+            "post_attention_norm.weight": (N_EMBD,),
+            "post_ffw_norm.weight": (N_EMBD,),
+            "inp_gate.weight": (n_per_layer, N_EMBD),
+            "proj.weight": (N_EMBD, n_per_layer),
+            "post_norm.weight": (N_EMBD,),
+            "altup_correct_coef.weight": (n_stream, n_stream),
+            "altup_correct_scale.weight": (N_EMBD,),
+            "altup_predict_coef.weight": (n_stream * n_stream, n_stream),
+            "altup_router.weight": (n_stream, N_EMBD),
+            "altup_router_norm.weight": (N_EMBD,),
+            "laurel_l.weight": (laurel_rank, N_EMBD),
+            "laurel_r.weight": (N_EMBD, laurel_rank),
+            "laurel_post_norm.weight": (N_EMBD,),
+        }
+    )
     outer = outer_shapes() | {
         "altup_proj.weight": (n_stream - 1, N_EMBD, N_EMBD),
         "altup_unembd_proj.weight": (n_stream - 1, N_EMBD, N_EMBD),

@@ -25,8 +25,12 @@ def chat(
     model: o.Model = None,
     model_flag: o.ModelFlag = None,
     loop: o.LoopSpec = "off",
-    prompt: Annotated[Optional[str], typer.Option("-p", "--prompt", help="The first question.", show_default=False)] = None,
-    single_turn: Annotated[bool, typer.Option("-st", "--single-turn", help="Leave after one answer.", envvar="EDGELOOP_SINGLE_TURN")] = False,
+    prompt: Annotated[
+        Optional[str], typer.Option("-p", "--prompt", help="The first question.", show_default=False)
+    ] = None,
+    single_turn: Annotated[
+        bool, typer.Option("-st", "--single-turn", help="Leave after one answer.", envvar="EDGELOOP_SINGLE_TURN")
+    ] = False,
     ctx_size: o.CtxSize = None,
     predict: o.Predict = -1,
     threads: o.Threads = None,
@@ -43,7 +47,9 @@ def chat(
 ) -> None:
     """Talk to a model; /help lists the commands."""
     path = o.model_path(model, model_flag, offline)
-    llm = o.load(path, loop=loop, ctx_size=ctx_size, threads=threads, gpu_layers=gpu_layers, seed=seed, rpc=rpc, verbose=verbose)
+    llm = o.load(
+        path, loop=loop, ctx_size=ctx_size, threads=threads, gpu_layers=gpu_layers, seed=seed, rpc=rpc, verbose=verbose
+    )
     sampling = {"max_tokens": predict, "temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     session = ChatSession(llm, system, sampling)
     note(f"{path.name}, {llm.n_layer} layers, {session.loop_line()}")

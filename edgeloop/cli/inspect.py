@@ -71,7 +71,10 @@ def _rows(facts: dict):
         yield "name", facts["name"]
     yield "architecture", facts["architecture"]
     yield "parameters", f"{facts['parameters'] / 1e6:,.0f} million"
-    yield "layers", f"{facts['layers']} (0 to {facts['layers'] - 1}), {facts['embedding']} wide, up to {size(layer)} each"
+    yield (
+        "layers",
+        f"{facts['layers']} (0 to {facts['layers'] - 1}), {facts['embedding']} wide, up to {size(layer)} each",
+    )
     yield "tensor types", ", ".join(f"{n} {t}" for t, n in facts["tensor_types"].items())
     yield "context", f"trained with {facts['train_context']:,} tokens"
     yield "keys and values", f"{size(facts['kv_bytes'])} at {facts['context']:,} tokens (f16)"
@@ -80,12 +83,18 @@ def _rows(facts: dict):
     if "loop" in facts:
         yield "loop", facts["loop"]
         yield "layer order", _ranges(facts["layer_order"])
-        yield "cost", f"{facts['cost_ratio']:.2f} times the layers, {facts['bytes_ratio']:.2f} times the bytes read for a token"
+        yield (
+            "cost",
+            f"{facts['cost_ratio']:.2f} times the layers, {facts['bytes_ratio']:.2f} times the bytes read for a token",
+        )
         extra = facts["loop_memory_bytes"]
         if extra is None:
             yield "extra memory", "a recurrent state for every further pass; keys and values with kv=own"
         else:
-            yield "extra memory", f"{size(extra)} of keys and values at {facts['context']:,} tokens" if extra else "none"
+            yield (
+                "extra memory",
+                f"{size(extra)} of keys and values at {facts['context']:,} tokens" if extra else "none",
+            )
 
 
 def _ranges(order: list[int]) -> str:

@@ -23,21 +23,39 @@ def _option(*names: str, help: str, **kwargs: Any) -> Any:
 
 Model = Annotated[Optional[str], typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 ModelFlag = Annotated[Optional[str], _option("-m", "--model", help="The same as MODEL.", show_default=False)]
-LoopSpec = Annotated[str, _option("--loop", help="Loop spec, for example 12-20x3; auto: a known one for this model.", metavar="SPEC")]
+LoopSpec = Annotated[
+    str, _option("--loop", help="Loop spec, for example 12-20x3; auto: a known one for this model.", metavar="SPEC")
+]
 CtxSize = Annotated[
     Optional[int],
-    _option("-c", "--ctx-size", help=f"Tokens of context, 0: the model's. Default: the model's, at most {DEFAULT_CTX}.", min=0, show_default=False),
+    _option(
+        "-c",
+        "--ctx-size",
+        help=f"Tokens of context, 0: the model's. Default: the model's, at most {DEFAULT_CTX}.",
+        min=0,
+        show_default=False,
+    ),
 ]
 Predict = Annotated[int, _option("-n", "--predict", help="Tokens to generate at most, -1: no limit.", min=-1)]
-Threads = Annotated[Optional[int], _option("-t", "--threads", help="CPU threads. Default: the physical cores.", min=1, show_default=False)]
+Threads = Annotated[
+    Optional[int],
+    _option("-t", "--threads", help="CPU threads. Default: the physical cores.", min=1, show_default=False),
+]
 GpuLayers = Annotated[int, _option("-ngl", "--gpu-layers", help="Layers to keep on the GPU, -1: all.", min=-1)]
 Temp = Annotated[float, _option("--temp", help="Temperature, 0: the most likely token.", min=0)]
 TopK = Annotated[int, _option("--top-k", help="Sample from the K most likely tokens, 0: from all.", min=0)]
 TopP = Annotated[float, _option("--top-p", help="Sample from the tokens that make up this probability.", min=0, max=1)]
-MinP = Annotated[float, _option("--min-p", help="Leave out tokens less likely than this times the most likely.", min=0, max=1)]
+MinP = Annotated[
+    float, _option("--min-p", help="Leave out tokens less likely than this times the most likely.", min=0, max=1)
+]
 Seed = Annotated[int, _option("-s", "--seed", help="Seed of the sampler, -1: random.", min=-1)]
 System = Annotated[Optional[str], _option("-sys", "--system-prompt", help="System message.", show_default=False)]
-Rpc = Annotated[Optional[str], _option("--rpc", help="Offload to these RPC servers, HOST:PORT[,HOST:PORT...].", metavar="LIST", show_default=False)]
+Rpc = Annotated[
+    Optional[str],
+    _option(
+        "--rpc", help="Offload to these RPC servers, HOST:PORT[,HOST:PORT...].", metavar="LIST", show_default=False
+    ),
+]
 Offline = Annotated[bool, _option("--offline", help="Never use the network.")]
 Verbose = Annotated[bool, _option("-v", "--verbose", help="Show llama.cpp's log.")]
 

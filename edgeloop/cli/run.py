@@ -14,7 +14,9 @@ from edgeloop.errors import EdgeloopError
 def run(
     model: o.Model = None,
     model_flag: o.ModelFlag = None,
-    prompt: Annotated[Optional[str], typer.Option("-p", "--prompt", help="The question. Default: standard input.", show_default=False)] = None,
+    prompt: Annotated[
+        Optional[str], typer.Option("-p", "--prompt", help="The question. Default: standard input.", show_default=False)
+    ] = None,
     loop: o.LoopSpec = "off",
     ctx_size: o.CtxSize = None,
     predict: o.Predict = -1,
@@ -40,7 +42,9 @@ def run(
     if not prompt.strip():
         raise EdgeloopError("the prompt is empty")
     path = o.model_path(model, model_flag, offline)
-    llm = o.load(path, loop=loop, ctx_size=ctx_size, threads=threads, gpu_layers=gpu_layers, seed=seed, rpc=rpc, verbose=verbose)
+    llm = o.load(
+        path, loop=loop, ctx_size=ctx_size, threads=threads, gpu_layers=gpu_layers, seed=seed, rpc=rpc, verbose=verbose
+    )
 
     from edgeloop.generate import Generation
 

@@ -1,4 +1,4 @@
-"""llama.cpp's features with a loop on: sequences, shifts, quantized K/V, adapters, embeddings, grammars, drafts, failures.
+"""llama.cpp's features with a loop on: sequences, shifts, quantized K/V, adapters, embeddings, drafts, failures.
 
 Mostly through the plain C functions. What is right comes from the same tokens evaluated without the feature, or from
 the model with its layers physically repeated, which naive with kv=own has to equal bit for bit.
@@ -6,6 +6,7 @@ the model with its layers physically repeated, which naive with kv=own has to eq
 
 import ctypes
 import re
+from unittest.mock import patch
 
 import gguf
 import llama_cpp
@@ -17,6 +18,7 @@ from llama_cpp import LlamaGrammar
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from edgeloop import Loop, gguf_tools, native
+from edgeloop.llama import native_arguments
 from edgeloop.native import lib
 
 F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8
@@ -55,9 +57,7 @@ class Context:
 
     def set_loop(self, spec):
         """True when the memory was cleared."""
-        loop = Loop.parse(spec).resolve(self.n_layer)
-        spans = [native.NativeSpan(s.first, s.last, m) for s, m in zip(loop.spans, loop.mixes())]
-        return native.set_loop(self.ctx, spans, loop.unit, loop.kv, loop.routing, loop.scope)
+        return native.set_loop(self.ctx, **native_arguments(Loop.parse(spec).resolve(self.n_layer)))
 
     def n_past(self, sequence):
         return llama_cpp.llama_memory_seq_pos_max(self.memory, sequence) + 1
@@ -73,7 +73,8 @@ class Context:
         batch = llama_cpp.llama_batch_init(len(entries), 0, 8)
         batch.n_tokens = len(entries)
         for i, (token, position, sequences, is_output) in enumerate(entries):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, len(sequences), is_output
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, is_output
+            batch.n_seq_id[i] = len(sequences)
             for j, sequence in enumerate(sequences):
                 batch.seq_id[i][j] = sequence
         code = llama_cpp.llama_decode(self.ctx, batch)
@@ -196,10 +197,12 @@ def test_a_copied_sequence_goes_on_as_the_original(arch, span, kv, is_unified, c
             alone.decode({0: PROMPT})
             expected.append([alone.decode({0: [t]})[0] for t in tokens])
         c = context(path, spec, flash_attn_type=flash, **shared_or_split(3, is_unified))
-        c.decode({0: PROMPT, 2: THREE})
+        c.decode({2: THREE})
+        c.decode({0: PROMPT})
         copy(c, 0, 1)
         rows = np.array([c.decode({0: [one], 1: [two]}) for one, two in zip(ONE, TWO)])
-        assert distance(rows.swapaxes(0, 1), np.array(expected)) < 1e-5, (copy, flash)
+        # flash attention rounds to half precision on the way
+        assert distance(rows.swapaxes(0, 1), np.array(expected)) < (1e-5 if flash == OFF else 1e-3), (copy, flash)
 
 
 @pytest.mark.parametrize("kv", KV_MODES)
@@ -261,6 +264,29 @@ def test_recurrent_states_are_rolled_back(span, kv, context, recurrent):
     assert distance(c.decode({0: ONE}), expected) < 1e-5
     c.rm(0, len(PROMPT) + 1)
     assert distance(c.decode({0: ONE[1:]}), expected[1:]) < 1e-5
+
+
+@pytest.mark.parametrize("kv", ["frozen", "own"])
+@pytest.mark.parametrize("span", SPANS)
+@pytest.mark.parametrize("arch", ["tiny_gemma3", "tiny_mamba", "tiny_lfm2"])
+def test_a_partial_state_is_a_checkpoint(arch, span, kv, context, recurrent, request):
+    """What llama-server keeps of windows and recurrent states, to go back in a sequence without evaluating it anew."""
+    path = recurrent.get(arch) or request.getfixturevalue(arch)
+    settings = {"n_ctx": 1024, "n_ubatch": 32, "swa_full": False}
+    many = PROMPT * 20  # more than the 256 cells of the window
+    fresh, c = (context(path, f"{span}:kv={kv}", **settings) for _ in range(2))
+    fresh.decode({0: PROMPT})
+    c.decode({0: PROMPT})
+    partial = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+    size = llama_cpp.llama_state_seq_get_size_ext(c.ctx, 0, partial)
+    data = (ctypes.c_uint8 * size)()
+    assert llama_cpp.llama_state_seq_get_data_ext(c.ctx, data, size, 0, partial) == size
+    c.decode({0: many})
+    assert llama_cpp.llama_state_seq_set_data_ext(c.ctx, data, size, 0, partial) == size
+    c.rm(0, len(PROMPT))
+    assert c.n_past(0) == len(PROMPT)
+    for tokens in (ONE, [7]):
+        assert distance(c.decode({0: tokens}), fresh.decode({0: tokens})) < 1e-5
 
 
 # ---- shifts ----
@@ -337,11 +363,38 @@ def test_quantized_kv_is_that_of_the_duplicated_model(span, type_k, type_v, flas
 @pytest.mark.parametrize("arch", ["wide_llama", *ARCHS])
 def test_flash_attention_changes_nothing(arch, span, as_duplicated, context, request):
     path = request.getfixturevalue(arch)
-    on, off = (as_duplicated(path, span, prompt_and_steps, type_k=F16, type_v=F16, flash_attn_type=f) for f in (ON, OFF))
-    assert distance(on, off) < 1e-3
+    half = {"type_k": F16, "type_v": F16}
+    on, off = (as_duplicated(path, span, prompt_and_steps, flash_attn_type=f, **half) for f in (ON, OFF))
+    assert distance(on, off) < 5e-3
     for kv in KV_MODES:
         on, off = (prompt_and_steps(context(path, f"{span}:kv={kv}", flash_attn_type=f)) for f in (ON, OFF))
-        assert distance(on, off) < 1e-3, kv
+        assert distance(on, off) < 5e-3, kv
+
+
+def long_text(c):
+    """More than the window's 256 cells, in pieces."""
+    return np.concatenate([c.decode({0: PROMPT}) for _ in range(30)])
+
+
+@pytest.mark.parametrize("span", ["0-1x2", *SPANS])
+def test_cells_of_a_sliding_window_are_used_again(span, tiny_gemma3, as_duplicated, context):
+    settings = {"n_ctx": 1024, "n_ubatch": 32, "swa_full": False}
+    as_duplicated(tiny_gemma3, span, long_text, **settings)
+    for kv in KV_MODES:
+        rows = [long_text(context(tiny_gemma3, f"{span}:kv={kv}", **settings | {"swa_full": f})) for f in (False, True)]
+        assert distance(*rows) < 1e-4, kv
+
+
+@pytest.mark.parametrize("span", SPANS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_attention_to_later_tokens(arch, span, as_duplicated, request):
+    def run(c):
+        llama_cpp.llama_set_causal_attn(c.ctx, False)
+        rows = c.decode({0: PROMPT})
+        llama_cpp.llama_set_causal_attn(c.ctx, True)
+        return np.concatenate([rows, c.decode({0: ONE})])
+
+    as_duplicated(request.getfixturevalue(arch), span, run)
 
 
 # ---- adapters ----
@@ -387,7 +440,8 @@ def set_lora(c, path):
 
 def renumbered(pairs, order):
     """The entries of the physical layers for each layer of the duplicated model."""
-    return {re.sub(r"\d+", str(i), n, count=1): v for i, il in enumerate(order) for n, v in pairs.items() if f".{il}." in n}
+    names = [(f"blk.{i}.", f"blk.{il}.") for i, il in enumerate(order)]
+    return {name.replace(old, new): pairs[name] for new, old in names for name in pairs if name.startswith(old)}
 
 
 LORA_NAMES = {
@@ -490,8 +544,9 @@ def test_embeddings_are_those_of_the_duplicated_model(arch, span, pooling, as_du
 
     settings = {"embeddings": True, "pooling_type": pooling_type}
     path = request.getfixturevalue(arch)
-    for is_unified in (True, False):
-        together = as_duplicated(path, span, embed, **settings, **shared_or_split(3, is_unified))
+    for is_unified in (False, True):  # split K/V cuts the batch by length, and means are upstream's of the last piece
+        # four: upstream aborts when it pools with a batch size that is no multiple of the sequences
+        together = as_duplicated(path, span, embed, **settings, **shared_or_split(4, is_unified))
     if pooling != "NONE":
         llm = context(path, f"{span}:naive,kv=own", **settings)
         for s, tokens in prompts.items():
@@ -509,6 +564,25 @@ def test_embeddings_through_python(tiny_llama, load, tmp_path):
         options = {"embedding": True, "pooling_type": pooling_type}
         looped, repeated = load(tiny_llama, loop=spec, **options), load(tmp_path / "duplicated.gguf", **options)
         assert looped.embed(texts) == repeated.embed(texts) != load(tiny_llama, **options).embed(texts)
+
+
+@pytest.mark.parametrize("kv", KV_MODES)
+@pytest.mark.parametrize("span", SPANS)
+def test_embeddings_instead_of_tokens(span, kv, tmp_path, context):
+    """As a vision model's: the rows of the embedding matrix give what the tokens give."""
+    model = tiny.write_llama(tmp_path / "llama.gguf")
+    c = context(tmp_path / "llama.gguf", f"{span}:kv={kv}")
+    expected = prompt_and_steps(c)[len(PROMPT) :]
+    c.rm(0)
+    batch = llama_cpp.llama_batch_init(len(PROMPT), c.n_embd, 1)
+    batch.n_tokens = len(PROMPT)
+    np.ctypeslib.as_array(batch.embd, (len(PROMPT), c.n_embd))[:] = model["token_embd.weight"][PROMPT]
+    for i in range(len(PROMPT)):
+        batch.pos[i], batch.n_seq_id[i], batch.logits[i] = i, 1, False
+        batch.seq_id[i][0] = 0
+    assert llama_cpp.llama_decode(c.ctx, batch) == 0
+    llama_cpp.llama_batch_free(batch)
+    assert distance(np.concatenate([c.decode({0: ONE}), *(c.decode({0: [t]}) for t in TWO)]), expected) < 1e-5
 
 
 # ---- grammars and drafts, with the demo model ----
@@ -529,10 +603,9 @@ def test_a_draft_changes_nothing(spec, demo_model, load):
     answers, n_evals = [], []
     for draft in (None, LlamaPromptLookupDecoding(num_pred_tokens=4)):
         llm = load(demo_model, loop=spec, draft_model=draft)
-        calls, evaluate = [], llm.eval
-        llm.eval = lambda tokens: calls.append(len(tokens)) or evaluate(tokens)
-        answers.append(llm(text, max_tokens=24, temperature=0)["choices"][0]["text"])
-        n_evals.append(len(calls))
+        with patch.object(llm, "eval", wraps=llm.eval) as evaluate:
+            answers.append(llm(text, max_tokens=24, temperature=0)["choices"][0]["text"])
+        n_evals.append(evaluate.call_count)
     assert answers[0] == answers[1]
     assert n_evals[1] < n_evals[0]  # drafted tokens were accepted
 
@@ -614,7 +687,8 @@ def test_no_stale_graph_after_a_change(arch, context, monkeypatch, request):
 @pytest.mark.parametrize("scope", ["prompt", "gen"])
 def test_a_reused_graph_has_the_scope_of_its_batch(scope, tiny_llama, context, monkeypatch):
     """Of three tokens, other ones are in the scope each time."""
-    batches = [{0: ONE[:2], 1: ONE[2:]}, {0: TWO[:1], 1: TWO[1:]}, {1: TWO[:2], 0: THREE[2:]}, {0: THREE}, {1: [9], 0: ONE[1:]}]
+    batches = [{0: ONE[:2], 1: ONE[2:]}, {0: TWO[:1], 1: TWO[1:]}, {1: TWO[:2], 0: THREE[2:]}, {0: THREE}]
+    batches += [{1: [9], 0: ONE[1:]}, {0: TWO[:2], 1: [9]}]
     rows = []
     for is_disabled in ("0", "1"):
         monkeypatch.setenv("LLAMA_GRAPH_REUSE_DISABLE", is_disabled)

@@ -70,16 +70,16 @@ static std::shared_ptr<const llama_loop> loop_init(const llama_loop_params & par
         return nullptr;
     }
     if (params.unit != LLAMA_LOOP_UNIT_BLOCK && params.unit != LLAMA_LOOP_UNIT_LAYER) {
-        error = format("unit %d is unknown", (int) params.unit);
+        error = format("unit %d is unknown", params.unit);
         return nullptr;
     }
     if (params.kv < LLAMA_LOOP_KV_FROZEN || params.kv > LLAMA_LOOP_KV_LAST) {
-        error = format("kv mode %d is unknown", (int) params.kv);
+        error = format("kv mode %d is unknown", params.kv);
         return nullptr;
     }
 
     if (params.routing != LLAMA_LOOP_ROUTING_FREE && params.routing != LLAMA_LOOP_ROUTING_FROZEN) {
-        error = format("routing %d is unknown", (int) params.routing);
+        error = format("routing %d is unknown", params.routing);
         return nullptr;
     }
     if (params.routing == LLAMA_LOOP_ROUTING_FROZEN && hparams.n_expert == 0) {
@@ -88,7 +88,7 @@ static std::shared_ptr<const llama_loop> loop_init(const llama_loop_params & par
     }
 
     if (params.scope < LLAMA_LOOP_SCOPE_ALL || params.scope > LLAMA_LOOP_SCOPE_GEN) {
-        error = format("scope %d is unknown", (int) params.scope);
+        error = format("scope %d is unknown", params.scope);
         return nullptr;
     }
     if (params.scope != LLAMA_LOOP_SCOPE_ALL && params.kv == LLAMA_LOOP_KV_LAST) {
@@ -97,9 +97,11 @@ static std::shared_ptr<const llama_loop> loop_init(const llama_loop_params & par
     }
 
     if (params.rule < LLAMA_LOOP_RULE_MIX || params.rule > LLAMA_LOOP_RULE_AUTO_ALIGN) {
-        error = format("rule %d is unknown", (int) params.rule);
+        error = format("rule %d is unknown", params.rule);
         return nullptr;
     }
+
+    const auto kv = (llama_loop_kv) params.kv;
 
     int32_t n_visits = n_layer;
     int32_t prev     = -1;
@@ -143,10 +145,10 @@ static std::shared_ptr<const llama_loop> loop_init(const llama_loop_params & par
         }
 
         if (params.unit == LLAMA_LOOP_UNIT_BLOCK) {
-            res->blocks.push_back({ span.first, span.last, span.n_passes, params.kv, mix });
+            res->blocks.push_back({ span.first, span.last, span.n_passes, kv, mix });
         } else {
             for (int32_t il = span.first; il <= span.last; ++il) {
-                res->blocks.push_back({ il, il, span.n_passes, params.kv, mix });
+                res->blocks.push_back({ il, il, span.n_passes, kv, mix });
             }
         }
 
@@ -406,11 +408,11 @@ void llama_context::loop_from_env() {
 
     auto params = llama_loop_default_params();
 
-    params.unit    = (llama_loop_unit)    integer(',');
-    params.kv      = (llama_loop_kv)      integer(',');
-    params.routing = (llama_loop_routing) integer(',');
-    params.scope   = (llama_loop_scope)   integer(',');
-    params.rule    = (llama_loop_rule)    integer('/');
+    params.unit    = integer(',');
+    params.kv      = integer(',');
+    params.routing = integer(',');
+    params.scope   = integer(',');
+    params.rule    = integer('/');
 
     std::vector<llama_loop_span>    spans;
     std::vector<std::vector<float>> mixes;

@@ -91,11 +91,12 @@ extern "C" {
 
         int32_t n_spans;
 
-        enum llama_loop_unit    unit;
-        enum llama_loop_kv      kv;
-        enum llama_loop_routing routing;
-        enum llama_loop_scope   scope; // with kv = last only all
-        enum llama_loop_rule    rule;
+        // sized integers, because a caller may pass anything
+        int32_t unit;    // enum llama_loop_unit
+        int32_t kv;      // enum llama_loop_kv
+        int32_t routing; // enum llama_loop_routing
+        int32_t scope;   // enum llama_loop_scope; with kv = last only all
+        int32_t rule;    // enum llama_loop_rule
     };
 
     // No spans, unit = block, kv = frozen, routing = free, scope = all, rule = mix.

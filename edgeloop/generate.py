@@ -27,7 +27,6 @@ class Generation:
         self.finish_reason: str | None = None
         self.seconds = 0.0
         self.seconds_to_first = 0.0
-        self.n_pieces = 0
 
     def __iter__(self) -> Iterator[str]:
         if self._sampling["max_tokens"] == 0:  # llama-cpp-python takes 0 for no limit
@@ -38,7 +37,6 @@ class Generation:
                 self.finish_reason = reason or self.finish_reason
                 if piece:
                     self.seconds_to_first = self.seconds_to_first or time.perf_counter() - start
-                    self.n_pieces += 1
                     self.text += piece
                     yield piece
         except ValueError as problem:

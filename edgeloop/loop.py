@@ -28,16 +28,17 @@ MAX_VISITS = 512  # layers applied to one token, repeated ones counted each time
 MAX_WEIGHT = 10.0
 
 DEFAULT_SOLVER = "euler"
-UNITS = ("block", "layer")
-KV_MODES = ("frozen", "own", "first", "last")
-ROUTINGS = ("free", "frozen")
-SCOPES = ("all", "prompt", "gen")
+# keys with a fixed set of values, the default first; every one is a field of Loop
+CHOICES = {
+    "unit": ("block", "layer"),
+    "kv": ("frozen", "own", "first", "last"),
+    "scope": ("all", "prompt", "gen"),
+    "routing": ("free", "frozen"),
+    "norm": ("none", "hold", "interp"),
+}
 
 _KEYS = {
-    "unit",
-    "kv",
-    "scope",
-    "routing",
+    *CHOICES,
     "weights",
     *(name for solver in SOLVERS.values() for name in solver.parameters),
 }
@@ -79,8 +80,9 @@ class Loop:
     parameters: tuple[tuple[str, float | tuple[float, ...]], ...] = ()
     unit: str = "block"
     kv: str = "frozen"
-    routing: str = "free"
     scope: str = "all"
+    routing: str = "free"
+    norm: str = "none"
     is_auto: bool = field(default=False)
 
     @classmethod
@@ -104,10 +106,9 @@ class Loop:
             return "off"
         options = [] if self.solver == DEFAULT_SOLVER else [self.solver]
         options += [f"{name}={_format_value(value)}" for name, value in self.parameters]
-        options += [f"unit={self.unit}"] * (self.unit != "block")
-        options += [f"kv={self.kv}"] * (self.kv != "frozen")
-        options += [f"scope={self.scope}"] * (self.scope != "all")
-        options += [f"routing={self.routing}"] * (self.routing != "free")
+        options += [
+            f"{key}={getattr(self, key)}" for key, (default, *_) in CHOICES.items() if getattr(self, key) != default
+        ]
         return "+".join(map(str, self.spans)) + (":" + ",".join(options) if options else "")
 
     def resolve(self, n_layer: int) -> Loop:
@@ -239,14 +240,11 @@ def _parse_options(spans: tuple[Span, ...], options: list[str]) -> Loop:
         else:
             values[key] = value
 
-    unit = _choice("unit", values.pop("unit", "block"), UNITS)
-    kv = _choice("kv", values.pop("kv", "frozen"), KV_MODES)
-    scope = _choice("scope", values.pop("scope", "all"), SCOPES)
-    if scope != "all" and kv == "last":
+    choices = {key: _choice(key, values.pop(key, allowed[0]), allowed) for key, allowed in CHOICES.items()}
+    if choices["scope"] != "all" and choices["kv"] == "last":
         raise LoopError(
-            f"scope={scope} does not go with kv=last, which keeps K/V that tokens outside the scope do not have"
+            f"scope={choices['scope']} does not go with kv=last, which keeps K/V that tokens outside the scope do not have"
         )
-    routing = _choice("routing", values.pop("routing", "free"), ROUTINGS)
 
     chosen = SOLVERS[solver]
     parameters: list[tuple[str, float | tuple[float, ...]]] = []
@@ -266,9 +264,9 @@ def _parse_options(spans: tuple[Span, ...], options: list[str]) -> Loop:
     if chosen.takes_weights:
         parameters.append(("weights", _weights(values.pop("weights", None), spans)))
     if values:
-        allowed = [*chosen.parameters, *["weights"] * chosen.takes_weights, "unit", "kv", "scope", "routing"]
+        allowed = [*chosen.parameters, *["weights"] * chosen.takes_weights, *CHOICES]
         raise LoopError(f"'{next(iter(values))}' is not a key of {solver}; it takes {', '.join(allowed)}")
-    return Loop(spans, solver, tuple(parameters), unit, kv, routing, scope)
+    return Loop(spans, solver, tuple(parameters), **choices)
 
 
 def _check_passes(loop: Loop) -> None:

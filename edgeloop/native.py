@@ -14,6 +14,7 @@ ENUMS = {
     "routing": {"free": 0, "frozen": 1},
     "scope": {"all": 0, "prompt": 1, "gen": 2},
     "rule": {"mix": 0, "running-mean": 1, "auto-align": 2},
+    "norm": {"none": 0, "hold": 1, "interp": 2},
 }
 PHASES = {"auto": 0, "prompt": 1, "gen": 2}
 
@@ -64,7 +65,7 @@ class NativeSpan:
 
 
 def set_loop(ctx: int, spans: list[NativeSpan], **choices: str) -> bool:
-    """Set the loop of a llama_context; no spans turn it off. `choices` are unit, kv, routing, scope and rule by name.
+    """Set the loop of a llama_context; no spans turn it off. `choices` are the names of ENUMS and of their values.
 
     Returns True when room for more K/V had to be made and the context's memory was cleared.
     Raises NativeLoopError, after which the old loop is still set.

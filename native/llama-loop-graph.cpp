@@ -71,6 +71,19 @@ int llm_graph_context::loop_begin(ggml_tensor *& inpL) {
     return loop_next(inpL);
 }
 
+int llm_graph_context::loop_enter(int il, ggml_tensor *& inpL) {
+    if (il == 0) {
+        return loop_begin(inpL);
+    }
+    GGML_ASSERT(il == loop.il);
+
+    // what was there when the stack below ended is not what enters this one
+    if (!loop.x.empty()) {
+        loop.x = { inpL };
+    }
+    return il;
+}
+
 int llm_graph_context::loop_next(ggml_tensor *& inpL) {
     const llama_loop * lp = loop_get();
 
@@ -92,6 +105,12 @@ int llm_graph_context::loop_next(ggml_tensor *& inpL) {
 
         loop.g.push_back(inpL);
         inpL = loop_state(block);
+
+        // every pass starts with what entered the first one, the layers above see what the first one left
+        if (loop_side) {
+            loop.side_first = loop.pass.i == 0 ? *loop_side : loop.side_first;
+            *loop_side = loop.pass.i + 1 < block.n_passes ? loop.side_in : loop.side_first;
+        }
 
         loop.il = loop.pass.i + 1 < block.n_passes ? block.first : block.last + 1;
         loop.i_routing = 0;
@@ -117,6 +136,8 @@ int llm_graph_context::loop_next(ggml_tensor *& inpL) {
     if (loop.i_block < lp->blocks.size() && loop.il == lp->blocks[loop.i_block].first && loop.pass.i == 0) {
         loop.pass = { 0, lp->blocks[loop.i_block].kv, true };
         loop.x    = { inpL };
+
+        loop.side_in = loop_side ? *loop_side : nullptr;
     }
 
     if (mctx) {
@@ -159,6 +180,10 @@ ggml_tensor * llm_graph_context::loop_state(const llama_loop_block & block) {
         case LLAMA_LOOP_RULE_RUNNING_MEAN: break; // is the last layer's mean already
     }
 
+    if (cparams.loop->params.norm != LLAMA_LOOP_NORM_NONE && i + 1 < block.n_passes) {
+        cur = loop_rescale(cur, (i + 1.0f)/block.n_passes);
+    }
+
     // tokens outside the scope leave the span as after the first pass
     if (loop.mask && i + 1 == block.n_passes) {
         ggml_tensor * plain = loop_rows(loop.g[0], cur->ne[1]);
@@ -168,6 +193,22 @@ ggml_tensor * llm_graph_context::loop_state(const llama_loop_block & block) {
     cb(cur, "loop_x", block.last);
 
     return cur;
+}
+
+ggml_tensor * llm_graph_context::loop_norm(ggml_tensor * x) const {
+    return ggml_sqrt(ctx0, ggml_sum_rows(ctx0, ggml_sqr(ctx0, x)));
+}
+
+ggml_tensor * llm_graph_context::loop_rescale(ggml_tensor * cur, float depth) const {
+    ggml_tensor * target = loop_norm(loop.x[0]);
+
+    if (cparams.loop->params.norm == LLAMA_LOOP_NORM_INTERP) {
+        ggml_tensor * first = loop_norm(loop.g[0]);
+
+        target = ggml_add(ctx0, ggml_scale(ctx0, target, 1.0f - depth), ggml_scale(ctx0, first, depth));
+    }
+    // a state of zeros stays one
+    return ggml_mul(ctx0, cur, ggml_div(ctx0, target, ggml_scale_bias(ctx0, loop_norm(cur), 1.0f, 1e-30f)));
 }
 
 ggml_tensor * llm_graph_context::loop_mean(ggml_tensor * cur) {
@@ -208,7 +249,8 @@ ggml_tensor * llm_graph_context::loop_align() {
 ggml_tensor * llm_graph_context::loop_mix(const llama_loop_block & block) {
     const int32_t i = loop.pass.i;
 
-    // two ways to write the same state: from x[0], or as a step from x[i]. states that cancel drop out; take the shorter sum
+    // two ways to write the same state: from x[0], or as a step from x[i]. states that cancel drop out; take the shorter sum.
+    // only the first holds when x[i] was rescaled
     loop_terms terms;
     loop_terms step;
 
@@ -228,7 +270,7 @@ ggml_tensor * llm_graph_context::loop_mix(const llama_loop_block & block) {
     loop_terms_clean(terms);
     loop_terms_clean(step);
 
-    if (step.size() < terms.size()) {
+    if (step.size() < terms.size() && cparams.loop->params.norm == LLAMA_LOOP_NORM_NONE) {
         terms = std::move(step);
     }
 

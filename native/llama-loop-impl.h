@@ -79,6 +79,10 @@ struct llama_loop_cursor {
     // models without a cache: the first pass's K and V of each layer
     mutable std::map<int, std::pair<ggml_tensor *, ggml_tensor *>> kv_first;
 
+    // what goes beside the residual stream: as it entered the block, and as the first pass left it
+    ggml_tensor * side_in    = nullptr;
+    ggml_tensor * side_first = nullptr;
+
     ggml_tensor * mask = nullptr; // [1, n_tokens], 1 for tokens in the scope; null: all are
 
     // routing = frozen: the first pass's experts and weights, in the order in which the layers of the block route

@@ -28,7 +28,7 @@ uint64_t llama_loop::hash() const {
     };
 
     for (const auto & block : blocks) {
-        const int32_t numbers[] = { block.first, block.last, block.n_passes, block.kv, params.routing, params.scope, params.rule };
+        const int32_t numbers[] = { block.first, block.last, block.n_passes, block.kv, params.routing, params.scope, params.rule, params.norm };
         add(numbers, sizeof(numbers));
         add(block.mix.data(), block.mix.size()*sizeof(float));
     }
@@ -47,8 +47,8 @@ uint32_t llama_loop::n_nodes_max(uint32_t n_nodes_plain) const {
     uint64_t res = (uint64_t) n_nodes_plain*n_visits()/n_layer;
     for (const auto & block : blocks) {
         // the sum after pass i has at most 2*i + 3 terms of three nodes each, or i + 1 of thirteen; a mean takes four for each
-        // layer, the scope six
-        res += 13u*block.n_passes*(block.n_passes + 2u) + 4u*block.n_passes*(block.last - block.first + 1u) + 6u;
+        // layer, the scope six, a norm twelve for each pass
+        res += 13u*block.n_passes*(block.n_passes + 2u) + 12u*block.n_passes + 4u*block.n_passes*(block.last - block.first + 1u) + 6u;
     }
     return res;
 }
@@ -101,6 +101,11 @@ static std::shared_ptr<const llama_loop> loop_init(const llama_loop_params & par
         return nullptr;
     }
 
+    if (params.norm < LLAMA_LOOP_NORM_NONE || params.norm > LLAMA_LOOP_NORM_INTERP) {
+        error = format("norm %d is unknown", params.norm);
+        return nullptr;
+    }
+
     const auto kv = (llama_loop_kv) params.kv;
 
     int32_t n_visits = n_layer;
@@ -119,6 +124,12 @@ static std::shared_ptr<const llama_loop> loop_init(const llama_loop_params & par
         }
         if (span.n_passes < 1 || span.n_passes > LLAMA_LOOP_MAX_PASSES) {
             error = format("%d passes asked for, 1 to %d are possible", span.n_passes, LLAMA_LOOP_MAX_PASSES);
+            return nullptr;
+        }
+        const int32_t n_stack = hparams.n_hrm_layers_per_stack > 0 ? hparams.n_hrm_layers_per_stack : n_layer;
+        if (params.unit == LLAMA_LOOP_UNIT_BLOCK && span.first/n_stack != span.last/n_stack) {
+            error = format("span %d..%d crosses the border between two of the model's stacks, which have %d layers each; use unit=layer or a span inside one",
+                span.first, span.last, n_stack);
             return nullptr;
         }
         // no overflow: every term is below 64 * n_layer, and n_layer is at most LLAMA_MAX_LAYERS
@@ -173,7 +184,8 @@ static bool loop_is_same(const llama_loop * a, const llama_loop * b) {
     }
     if (a->params.unit    != b->params.unit    || a->params.kv    != b->params.kv    ||
         a->params.routing != b->params.routing || a->params.scope != b->params.scope ||
-        a->params.rule    != b->params.rule    || a->mixes        != b->mixes) {
+        a->params.rule    != b->params.rule    || a->params.norm  != b->params.norm  ||
+        a->mixes          != b->mixes) {
         return false;
     }
     for (size_t s = 0; s < a->spans.size(); ++s) {
@@ -210,14 +222,12 @@ static void loop_forget_plan(ggml_backend_sched_t sched) {
 // what is known of the architectures that loop_probe() refuses
 static const char * loop_why_not(llm_arch arch) {
     switch (arch) {
-        case LLM_ARCH_KIMI_K3:
-            return "its layers also mix the residuals of earlier layers";
         case LLM_ARCH_DEEPSEEK4:
         case LLM_ARCH_GLM5_NEXT:
         case LLM_ARCH_QWEN4EXP:
             return "the compressed keys of its cache have no room for passes";
-        case LLM_ARCH_HRM_TEXT:
-            return "it applies its own stacks of layers in cycles";
+        case LLM_ARCH_T5:
+            return "it has an encoder and a decoder, and a span would not say in which";
         default:
             return "its layers are not built one after another";
     }
@@ -228,11 +238,6 @@ static const char * loop_why_not(llm_arch arch) {
 //
 
 int32_t llama_context::loop_probe(int32_t n_layer) {
-    // what is beside the residual stream would not be part of x
-    if (model.arch == LLM_ARCH_KIMI_K3) {
-        return LLAMA_LOOP_ERROR_UNSUPPORTED;
-    }
-
     auto probe = std::make_shared<llama_loop>();
 
     probe->n_layer = n_layer;
@@ -412,7 +417,8 @@ void llama_context::loop_from_env() {
     params.kv      = integer(',');
     params.routing = integer(',');
     params.scope   = integer(',');
-    params.rule    = integer('/');
+    params.rule    = integer(',');
+    params.norm    = integer('/');
 
     std::vector<llama_loop_span>    spans;
     std::vector<std::vector<float>> mixes;
@@ -495,6 +501,7 @@ llama_loop_params llama_loop_default_params() {
         /*.routing =*/ LLAMA_LOOP_ROUTING_FREE,
         /*.scope   =*/ LLAMA_LOOP_SCOPE_ALL,
         /*.rule    =*/ LLAMA_LOOP_RULE_MIX,
+        /*.norm    =*/ LLAMA_LOOP_NORM_NONE,
     };
 }
 

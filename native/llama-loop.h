@@ -18,7 +18,7 @@
 // A program that does not call these functions can be given a loop in the environment variable LLAMA_LOOP, which every
 // context reads when it is made (a wrong one is an error):
 //
-//     UNIT,KV,ROUTING,SCOPE,RULE/FIRST,LAST,N_PASSES,MIX.../FIRST,...
+//     UNIT,KV,ROUTING,SCOPE,RULE,NORM/FIRST,LAST,N_PASSES,MIX.../FIRST,...
 //
 // with the numbers of the enums below and the rows of the mix up to the diagonal, also where the rule does not use them. `edgeloop env SPEC -m MODEL` writes it.
 //
@@ -56,6 +56,14 @@ extern "C" {
         LLAMA_LOOP_RULE_MIX          = 0, // by the matrix, as above
         LLAMA_LOOP_RULE_RUNNING_MEAN = 1, // every layer passes on the mean of its outputs in the passes so far
         LLAMA_LOOP_RULE_AUTO_ALIGN   = 2, // sum of w[j] G(x[j]) with w[j] ~ max(cos(G(x[j]), G(x[0])), 0) for each token, sum 1
+    };
+
+    // the length of the states x[1] .. x[n_passes-1] that enter the passes after the first, for each token; they are rescaled
+    // before G sees them, and it is the rescaled ones that the equation above means. x[n_passes] leaves the span as it is
+    enum llama_loop_norm {
+        LLAMA_LOOP_NORM_NONE   = 0, // whatever comes out
+        LLAMA_LOOP_NORM_HOLD   = 1, // |x[0]|
+        LLAMA_LOOP_NORM_INTERP = 2, // for x[i] |x[0]| + i/n_passes (|G(x[0])| - |x[0]|)
     };
 
     // the experts of mixture-of-experts layers in the passes after the first
@@ -97,9 +105,10 @@ extern "C" {
         int32_t routing; // enum llama_loop_routing
         int32_t scope;   // enum llama_loop_scope; with kv = last only all
         int32_t rule;    // enum llama_loop_rule
+        int32_t norm;    // enum llama_loop_norm
     };
 
-    // No spans, unit = block, kv = frozen, routing = free, scope = all, rule = mix.
+    // No spans, unit = block, kv = frozen, routing = free, scope = all, rule = mix, norm = none.
     LLAMA_API struct llama_loop_params llama_loop_default_params(void);
 
     // Set the loop of a context; NULL turns it off. May be called between any two decodes; the parameters are copied.

@@ -18,8 +18,8 @@ Map = Callable[[Array], Array]
 def forward(model: dict[str, Any], tokens: Sequence[int], loop=None, split: Sequence[int] = ()) -> Array:
     """Logits of all positions, shape (len(tokens), n_vocab).
 
-    loop: None, or anything with .spans (each with .first, .last, .passes), .solver, .parameters (pairs), .unit, .kv and
-    .routing.
+    loop: None, or anything with .spans (each with .first, .last, .passes), .solver, .parameters (pairs), .unit, .kv,
+    .routing and .norm.
     split: positions at which a new batch begins, as for np.split; the default is one batch.
     """
     keys_values = KeysValues(loop.kv if loop else "frozen")
@@ -29,7 +29,8 @@ def forward(model: dict[str, Any], tokens: Sequence[int], loop=None, split: Sequ
         if model["arch"] == "gemma3":
             x *= np.sqrt(model["n_embd"])
         for layers, passes in blocks(model["n_layer"], loop):
-            g = Pass(model, layers, passes, position, keys_values, loop.routing if loop else "free")
+            kind = NormedPass if loop and loop.norm != "none" and passes > 1 else Pass
+            g = kind(model, layers, passes, position, keys_values, loop)
             x = SOLVERS[loop.solver](g, x, passes, **parameters(loop)) if passes > 1 else g(x)
             assert g.i == passes, f"{loop.solver} made {g.i} passes of {passes}"
         x = rms_norm(x, model["output_norm.weight"], model["norm_eps"])
@@ -59,13 +60,13 @@ def parameters(loop) -> dict[str, Any]:
 class Pass:
     """G: x -> the state after some layers. Every call is the next pass."""
 
-    def __init__(self, model, layers: range, passes: int, position: Array, keys_values: KeysValues, routing: str):
+    def __init__(self, model, layers: range, passes: int, position: Array, keys_values: KeysValues, loop):
+        self.loop = loop
         self.model = model
         self.layers = layers
         self.passes = passes
         self.position = position
         self.keys_values = keys_values
-        self.routing = routing
         self.routed: dict[int, Array] = {}
         self.passes_on: Callable[[int, Array], Array] = lambda il, x: (
             x
@@ -84,9 +85,24 @@ class Pass:
 
     def _route(self, il: int, logits: Array) -> Array:
         """The experts' weights in this pass, given the router's logits; frozen: those of the first pass."""
-        if self.routing == "free" or self.i == 0:
+        if self.loop is None or self.loop.routing == "free" or self.i == 0:
             self.routed[il] = top_k_softmax(logits, self.model["metadata"]["expert_used_count"])
         return self.routed[il]
+
+
+class NormedPass(Pass):
+    """G of the rescaled state. A solver that adds updates gets the update of the rescaled state, added to its own."""
+
+    def __call__(self, x: Array) -> Array:
+        length = np.linalg.norm(x, axis=-1, keepdims=True)
+        if self.i == 0:
+            y = super().__call__(x)
+            self.entry, self.first = length, np.linalg.norm(y, axis=-1, keepdims=True)
+            return y
+        way = self.i / self.passes if self.loop.norm == "interp" else 0
+        z = x / length * ((1 - way) * self.entry + way * self.first)
+        y = super().__call__(z)
+        return y if self.loop.solver in ("auto-align", "running-mean") else x + y - z
 
 
 class KeysValues:

@@ -40,9 +40,9 @@ def span(first, last, mix, n_passes=None):
     return llama_loop_span(first, last, len(mix) if n_passes is None else n_passes, data)
 
 
-def params(spans, unit=BLOCK, kv=FROZEN, n_spans=None, routing=0, scope=0, rule=0):
+def params(spans, unit=BLOCK, kv=FROZEN, n_spans=None, routing=0, scope=0, rule=0, norm=0):
     array = None if spans is None else (llama_loop_span * len(spans))(*spans)
-    return llama_loop_params(array, len(spans) if n_spans is None else n_spans, unit, kv, routing, scope, rule)
+    return llama_loop_params(array, len(spans) if n_spans is None else n_spans, unit, kv, routing, scope, rule, norm)
 
 
 def set_loop(ctx, loop):
@@ -105,6 +105,7 @@ REFUSED = {
     "kv 4": (lambda: params([span(1, 2, euler(2))], kv=4), "kv mode 4"),
     "routing 2": (lambda: params([span(1, 2, euler(2))], routing=2), "routing 2"),
     "routing frozen without experts": (lambda: params([span(1, 2, euler(2))], routing=1), "has no experts"),
+    "norm 3": (lambda: params([span(1, 2, euler(2))], norm=3), "norm 3"),
     "rule 3": (lambda: params([span(1, 2, euler(2))], rule=3), "rule 3"),
     "scope -1": (lambda: params([span(1, 2, euler(2))], scope=-1), "scope -1"),
     "scope 3": (lambda: params([span(1, 2, euler(2))], scope=3), "scope 3"),

@@ -52,6 +52,7 @@ SOLVERS = (
     "x4:running-mean",  # with unit=layer it is uniform with as many passes
     "x4:auto-align",
 )
+NORMED = ("x3:naive", "x3:euler", "x6:anchored", "x4:rk4", "x4:heavy-ball", "x3:running-mean", "x4:auto-align")
 SPANS = ("0-1", "2-3", "4-5")  # start, middle, end
 UNITS = ("block", "layer")
 KV_MODES = ("frozen", "own", "first", "last")
@@ -148,6 +149,25 @@ def test_corner(engines, models, arch, corner, unit, kv):
     assert distance(evaluate(engines[arch], spec), expect(models[arch][1], spec)) < TOLERANCE
 
 
+@pytest.mark.parametrize("norm", ("hold", "interp"))
+@pytest.mark.parametrize("kv", ("frozen", "own"))
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("solver", NORMED)
+@pytest.mark.parametrize("span", SPANS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_norm(engines, models, arch, span, solver, unit, kv, norm):
+    spec = f"{span}{solver},unit={unit},kv={kv},norm={norm}"
+    assert distance(evaluate(engines[arch], spec), expect(models[arch][1], spec)) < TOLERANCE
+
+
+@pytest.mark.parametrize("norm", ("hold", "interp"))
+@pytest.mark.parametrize("arch", ARCHS)
+def test_norm_keeps_the_plain_model(engines, arch, norm):
+    plain = evaluate(engines[arch], "off")
+    assert np.array_equal(evaluate(engines[arch], f"2-3x1:norm={norm}"), plain)
+    assert distance(evaluate(engines[arch], f"2-3x3:anchored,beta=1,norm={norm}"), plain) < TOLERANCE
+
+
 @pytest.mark.parametrize("split", ((9,), (5, 6, 13), tuple(range(1, len(PROMPT)))), ids=("two", "four", "one-by-one"))
 @pytest.mark.parametrize("kv", KV_MODES)
 @pytest.mark.parametrize("unit", UNITS)
@@ -212,6 +232,9 @@ def test_change_to_a_lookalike(models, arch, specs):
         ("2-3x3:naive", "3-4x3:naive", ()),
         ("2-3x3:naive", "2-3x2:naive", ()),
         ("2-3x3:naive", "2-3x3:naive,unit=layer", ()),
+        ("2-3x3:naive", "2-3x3:naive,norm=hold", ()),
+        ("2-3x3:naive", "2-3x3:naive,norm=interp", ()),
+        ("0-1x3:naive,norm=hold", "0-1x3:naive,norm=interp", ()),
         *((f"2-3x3:naive,kv={a}", f"2-3x3:naive,kv={b}", (9,)) for a, b in combinations(KV_MODES, 2)),
     ),
     ids=str,

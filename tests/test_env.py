@@ -33,6 +33,7 @@ def arguments(spec, n_layer=6):
         "3-4x64",
         "2-3x3:running-mean",
         "1-2x3:auto-align,kv=own",
+        "1-2x3:norm=interp",
     ],
 )
 def test_a_program_that_does_not_know_the_loop_gets_it(tiny_llama, load, monkeypatch, capsys, spec):
@@ -56,18 +57,18 @@ def test_a_program_that_does_not_know_the_loop_gets_it(tiny_llama, load, monkeyp
     [
         ("12-20x3", "a number and ',' were expected at '12-20x3'"),
         ("x", "a number and ',' were expected at 'x'"),
-        ("0,0,0,0,0", "a number and '/' were expected at '0'"),
-        ("0,0,0,0,0/", "a number and ',' were expected at ''"),
-        ("0,0,0,0,0/1,2,2,1,1", "a number and ',' were expected at '1'"),
-        ("0,0,0,0,0/1,2,2,1,1,1,1", "a number and '/' were expected at '1,1'"),
-        ("0,0,0,0,0/1,2,2,1,1,1/", "a number and ',' were expected at ''"),
-        ("0,0,0,0,0/1,2,65," + "1," * 2000, "65 passes, 1 to 64 are possible"),
-        ("0,0,0,0,0/1,2,-1,1", "-1 passes, 1 to 64 are possible"),
-        ("0,0,0,0,0/1,99999999999,2,1,1,1", "99999999999 is out of range"),
-        ("0,0,0,0,0/1,6,2,1,1,1", "span 1..6 is not in the model, which has layers 0..5"),
-        ("9,0,0,0,0/1,2,2,1,1,1", "unit 9 is unknown"),
-        ("0,0,0,0,0/1,2,2,1,nan,1", "is not a finite number"),
-        ("0,0,0,0,0/2,3,2,1,1,1/1,1,2,1,1,1", "starts before the end of the one before it"),
+        ("0,0,0,0,0,0", "a number and '/' were expected at '0'"),
+        ("0,0,0,0,0,0/", "a number and ',' were expected at ''"),
+        ("0,0,0,0,0,0/1,2,2,1,1", "a number and ',' were expected at '1'"),
+        ("0,0,0,0,0,0/1,2,2,1,1,1,1", "a number and '/' were expected at '1,1'"),
+        ("0,0,0,0,0,0/1,2,2,1,1,1/", "a number and ',' were expected at ''"),
+        ("0,0,0,0,0,0/1,2,65," + "1," * 2000, "65 passes, 1 to 64 are possible"),
+        ("0,0,0,0,0,0/1,2,-1,1", "-1 passes, 1 to 64 are possible"),
+        ("0,0,0,0,0,0/1,99999999999,2,1,1,1", "99999999999 is out of range"),
+        ("0,0,0,0,0,0/1,6,2,1,1,1", "span 1..6 is not in the model, which has layers 0..5"),
+        ("9,0,0,0,0,0/1,2,2,1,1,1", "unit 9 is unknown"),
+        ("0,0,0,0,0,0/1,2,2,1,nan,1", "is not a finite number"),
+        ("0,0,0,0,0,0/2,3,2,1,1,1/1,1,2,1,1,1", "starts before the end of the one before it"),
     ],
 )
 def test_a_wrong_value_is_an_error_and_never_an_unlooped_model(tiny_llama, monkeypatch, value, message):

@@ -9,19 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeloop.errors import LoopError
-from edgeloop.loop import (
-    AUTO,
-    KV_MODES,
-    MAX_PASSES,
-    MAX_SPEC_CHARS,
-    MAX_VISITS,
-    OFF,
-    ROUTINGS,
-    SCOPES,
-    UNITS,
-    Loop,
-    Span,
-)
+from edgeloop.loop import AUTO, CHOICES, MAX_PASSES, MAX_SPEC_CHARS, MAX_VISITS, OFF, Loop, Span
 from edgeloop.solvers import SOLVERS
 
 # a parse takes far below a millisecond; the deadline only has to tell it from one that hangs
@@ -83,19 +71,18 @@ def specs(draw):
     elif parameters:
         passes[0] = max(2, passes[0])  # with one pass a number would have no effect, which is refused
 
-    unit, kv = draw(st.sampled_from(UNITS)), draw(st.sampled_from(KV_MODES))
-    options += [f"unit={unit}"] * (unit != "block" or draw(st.booleans()))
-    options += [f"kv={kv}"] * (kv != "frozen" or draw(st.booleans()))
-    scope, routing = draw(st.sampled_from(SCOPES if kv != "last" else SCOPES[:1])), draw(st.sampled_from(ROUTINGS))
-    options += [f"scope={scope}"] * (scope != "all" or draw(st.booleans()))
-    options += [f"routing={routing}"] * (routing != "free" or draw(st.booleans()))
+    choices = {key: draw(st.sampled_from(allowed)) for key, allowed in CHOICES.items()}
+    if choices["kv"] == "last":
+        choices["scope"] = "all"
+    for key, value in choices.items():
+        options += [f"{key}={value}"] * (value != CHOICES[key][0] or draw(st.booleans()))
     options = draw(st.permutations(options))
     options = [solver.name] * (solver.name != "euler" or draw(st.booleans())) + options
 
     text = "+".join(f"{first}-{last}x{n}" for (first, last, _, _), n in zip(ends, passes))
     text = draw(st.sampled_from(["", " ", "\t"])) + text + (":" + ",".join(options) if options else "")
     spans = tuple(Span(first, last, n) for (_, _, first, last), n in zip(ends, passes))
-    return text, Loop(spans, solver.name, tuple(parameters), unit, kv, routing, scope)
+    return text, Loop(spans, solver.name, tuple(parameters), **choices)
 
 
 @fuzz

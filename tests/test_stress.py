@@ -7,7 +7,7 @@ import numpy as np
 import psutil
 import pytest
 
-from edgeloop.loop import KV_MODES, MAX_VISITS, SCOPES, UNITS
+from edgeloop.loop import CHOICES, MAX_VISITS
 from edgeloop.solvers import SOLVERS
 
 N_LAYER = 30
@@ -30,9 +30,11 @@ def random_spec(rng: random.Random) -> str:
         visits += (passes - 1) * (last - first + 1)
         spans.append(f"{first}-{last}x{passes}")
         at = last + 1
-    kv = rng.choice(KV_MODES)
-    scope = rng.choice(SCOPES) if kv != "last" else "all"
-    return "+".join(spans or ["0-1x4"]) + f":{solver},unit={rng.choice(UNITS)},kv={kv},scope={scope}"
+    choices = {key: rng.choice(allowed) for key, allowed in CHOICES.items() if key != "routing"}
+    if choices["kv"] == "last":
+        choices["scope"] = "all"
+    options = [solver, *(f"{key}={value}" for key, value in choices.items())]
+    return "+".join(spans or ["0-1x4"]) + ":" + ",".join(options)
 
 
 @pytest.mark.slow

@@ -165,7 +165,7 @@ def write(path: str | os.PathLike, model: Model) -> Model:
     writer.add_layer_norm_rms_eps(NORM_EPS)
     for key, value in model["metadata"].items():
         kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
-        writer.add_key_value(f"{model['arch']}.{key}", value, kind)
+        writer.add_key_value(key if key.startswith("tokenizer.") else f"{model['arch']}.{key}", value, kind)
 
     writer.add_tokenizer_model("llama")
     writer.add_token_list([text for text, _ in VOCAB])

@@ -12,6 +12,7 @@ import numpy as np
 from tiny import (
     ATTENTION,
     FEED_FORWARD,
+    N_CTX_TRAIN,
     N_EMBD,
     N_HEAD,
     N_HEAD_DIM,
@@ -230,14 +231,58 @@ def write_lfm2(path: str | os.PathLike, seed: int = 0, n_layer: int = 6) -> Mode
 
 
 def write_hrm_text(path: str | os.PathLike, seed: int = 0) -> Model:
-    """Architecture hrm_text: two stacks of one block each, applied in turn to two streams; a loop of its own."""
-    h_cycles, l_cycles = 2, 2
-    model = hyperparameters("hrm_text", h_cycles * (l_cycles + 1), rope_base=1e4)  # each application counts as a layer
-    model["metadata"] |= {"hrm.layers_per_stack": 1, "hrm.h_cycles": h_cycles, "hrm.l_cycles": l_cycles}
+    """Architecture hrm_text: two stacks of two blocks each, applied in turn to two streams; a loop of its own."""
+    per_stack, h_cycles, l_cycles = 2, 2, 2
+    n_layer = per_stack * h_cycles * (l_cycles + 1)  # each application counts
+    model = hyperparameters("hrm_text", n_layer, rope_base=1e4)
+    model["metadata"] |= {"hrm.layers_per_stack": per_stack, "hrm.h_cycles": h_cycles, "hrm.l_cycles": l_cycles}
     gate = {"attn_gate.weight": (N_HEAD * N_HEAD_DIM, N_EMBD)}
     layer = {name: shape for name, shape in (ATTENTION | gate | FEED_FORWARD).items() if "norm" not in name}
     outer = {"token_embd.weight": (len(VOCAB), N_EMBD), "hrm.z_l_init": (N_EMBD,)}
-    return write(path, model | _tensors([layer] * 2, seed, outer))
+    return write(path, model | _tensors([layer] * 2 * per_stack, seed, outer))
+
+
+def write_bert(path: str | os.PathLike, seed: int = 0, n_layer: int = 6) -> Model:
+    """Architecture bert: an encoder without a cache, norms behind its sums, the mean over the tokens as embedding."""
+    model = hyperparameters("bert", n_layer, rope_base=1e4)
+    model["metadata"] |= {
+        "attention.layer_norm_epsilon": 1e-6,
+        "attention.causal": False,
+        "pooling_type": 1,
+        "tokenizer.ggml.token_type_count": 1,
+    }
+    matrices = {name: shape for name, shape in (ATTENTION | FEED_FORWARD).items() if "norm" not in name}
+    matrices.pop("ffn_gate.weight")
+    norms = {name: (N_EMBD,) for norm in ("attn_output_norm", "layer_output_norm") for name in _with_bias(norm)}
+    outer = {
+        "token_embd.weight": (len(VOCAB), N_EMBD),
+        "position_embd.weight": (N_CTX_TRAIN, N_EMBD),
+        **{name: (N_EMBD,) for name in _with_bias("token_embd_norm")},
+    }
+    return write(path, model | _tensors([matrices | norms] * n_layer, seed, outer))
+
+
+def _with_bias(name: str) -> tuple[str, str]:
+    return f"{name}.weight", f"{name}.bias"
+
+
+def write_t5(path: str | os.PathLike, seed: int = 0, n_layer: int = 2) -> Model:
+    """Architecture t5: an encoder, and a decoder that attends to it."""
+    model = hyperparameters("t5", n_layer, rope_base=1e4)
+    model["metadata"] |= {
+        "attention.relative_buckets_count": 8,
+        "attention.head_count_kv": N_HEAD,
+        "decoder_start_token_id": 0,
+    }
+    inner = N_HEAD * N_HEAD_DIM
+    attention = {f"attn_{name}.weight": (inner, N_EMBD) for name in "qkv"} | {"attn_o.weight": (N_EMBD, inner)}
+    layer = attention | FEED_FORWARD | {"attn_norm.weight": (N_EMBD,), "attn_rel_b.weight": (8, N_HEAD)}
+    cross = {f"cross_{name}": shape for name, shape in (attention | {"attn_norm.weight": (N_EMBD,)}).items()}
+    shapes = {"token_embd.weight": (len(VOCAB), N_EMBD)}
+    for part, tensors in (("enc", layer), ("dec", layer | cross)):
+        shapes[f"{part}.output_norm.weight"] = (N_EMBD,)
+        shapes |= {f"{part}.{name}": s for il in range(n_layer) for name, s in layer_shapes(il, tensors).items()}
+    return write(path, model | random_tensors(shapes, seed))
 
 
 def _tensors(layers: list[Shapes], seed: int, outer: Shapes | None = None) -> dict[str, np.ndarray]:

@@ -45,7 +45,7 @@ def test_from_a_folder(fresh, tmp_path):
     assert done.returncode == 0, done.stderr
     models = tmp_path / "out/vendor/llama.cpp/src/models"
     rewritten = sum(path.read_text(encoding="utf-8").count("loop_next(") for path in models.glob("*.cpp"))
-    assert rewritten == 131
+    assert rewritten == 131 + 1  # hrm_text's comes with a patch
     assert "llama_loop" in (models.parent / "llama-graph.h").read_text()
 
 
@@ -102,3 +102,26 @@ def test_a_damaged_cache_is_downloaded_again(upstream, tmp_path, monkeypatch):
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(upstream.UpstreamError, match="could not be downloaded"):
         upstream.fetch(tmp_path)
+
+
+def upgrade(folder):
+    return subprocess.run([sys.executable, ROOT / "scripts/upgrade.py", folder], capture_output=True, text=True)
+
+
+def test_what_an_upgrade_would_take(fresh, tmp_path):
+    done = upgrade(fresh)
+    assert done.returncode == 0 and done.stdout.count(": applies") == len(list((ROOT / "patches").glob("*.patch")))
+    newer = tmp_path / "newer"
+    shutil.copytree(fresh, newer)
+    for path, old, new in (
+        ("llama_cpp/__init__.py", "0.3.36", "0.3.99"),
+        ("vendor/llama.cpp/src/llama-cparams.h", "struct llama_cparams {", "struct llama_parameters {"),
+        ("vendor/llama.cpp/src/models/qwen2.cpp", "il < n_layer", "il != n_layer"),
+    ):
+        text = (newer / path).read_text()
+        assert old in text
+        (newer / path).write_text(text.replace(old, new))
+    done = upgrade(newer)
+    assert done.returncode == 1
+    assert "0001-context.patch: does not apply to src/llama-cparams.h\n" in done.stdout
+    assert "0002-graph.patch: applies" in done.stdout and "130 rewritten, 131 expected" in done.stdout

@@ -1,6 +1,8 @@
 """Makes `import llama_cpp` find the patched package that edgeloop carries. Imports nothing heavy."""
 
+import ctypes
 import importlib.abc
+import importlib.machinery
 import importlib.util
 import sys
 from pathlib import Path
@@ -16,13 +18,31 @@ def vendor_dir() -> Path:
     return Path(spec.origin).parent
 
 
+class _VendoredLoader(importlib.machinery.SourceFileLoader):
+    def exec_module(self, module):
+        super().exec_module(module)
+        _load_backends()
+
+
+def _load_backends() -> None:
+    """Portable builds have a library for each kind of CPU, which llama.cpp would look for beside the python program."""
+    from llama_cpp._ggml import libggml, libggml_base_path
+
+    libggml.ggml_backend_reg_count.restype = ctypes.c_size_t
+    libggml.ggml_backend_load_all_from_path.argtypes = [ctypes.c_char_p]
+    libggml.ggml_backend_load_all_from_path.restype = None
+    if not libggml.ggml_backend_reg_count():
+        libggml.ggml_backend_load_all_from_path(str(libggml_base_path).encode())
+
+
 class _VendoredFinder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name != NAME:
             return None
         package = vendor_dir() / NAME
+        source = str(package / "__init__.py")
         return importlib.util.spec_from_file_location(
-            name, package / "__init__.py", submodule_search_locations=[str(package)]
+            name, source, loader=_VendoredLoader(name, source), submodule_search_locations=[str(package)]
         )
 
 

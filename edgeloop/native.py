@@ -53,6 +53,10 @@ lib.llama_get_loop.argtypes = [ctypes.c_void_p]
 lib.llama_get_loop.restype = ctypes.POINTER(llama_loop_params)
 lib.llama_loop_memory_size.argtypes = [ctypes.c_void_p]
 lib.llama_loop_memory_size.restype = ctypes.c_size_t
+lib.llama_loop_version.argtypes = []
+lib.llama_loop_version.restype = ctypes.c_int32
+lib.llama_version.argtypes = []
+lib.llama_version.restype = ctypes.c_char_p
 lib.llama_loop_last_error.argtypes = []
 lib.llama_loop_last_error.restype = ctypes.c_char_p
 

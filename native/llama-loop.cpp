@@ -492,6 +492,10 @@ void llama_context::loop_state_read(llama_io_read_i & io) const {
 // interface implementation
 //
 
+int32_t llama_loop_version() {
+    return LLAMA_LOOP_VERSION;
+}
+
 llama_loop_params llama_loop_default_params() {
     return {
         /*.spans   =*/ nullptr,

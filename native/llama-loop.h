@@ -23,6 +23,8 @@
 // with the numbers of the enums below and the rows of the mix up to the diagonal, also where the rule does not use them. `edgeloop env SPEC -m MODEL` writes it.
 //
 
+#define LLAMA_LOOP_VERSION 1 // of this interface; raised when a struct or a meaning changes
+
 #define LLAMA_LOOP_MAX_PASSES 64  // passes of one span
 #define LLAMA_LOOP_MAX_VISITS 512 // layers applied for one token, repeated ones counted each time
 
@@ -107,6 +109,9 @@ extern "C" {
         int32_t rule;    // enum llama_loop_rule
         int32_t norm;    // enum llama_loop_norm
     };
+
+    // LLAMA_LOOP_VERSION of the library that is loaded.
+    LLAMA_API int32_t llama_loop_version(void);
 
     // No spans, unit = block, kv = frozen, routing = free, scope = all, rule = mix, norm = none.
     LLAMA_API struct llama_loop_params llama_loop_default_params(void);

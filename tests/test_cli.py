@@ -1,4 +1,4 @@
-"""The command line: arguments, output, errors, and the chat as a person uses it."""
+"""The command line: arguments, output and errors. test_chat.py has the chat as a person uses it."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import pexpect
 import pytest
 
 EDGELOOP = [sys.executable, "-m", "edgeloop.cli"]
@@ -195,75 +194,6 @@ def test_inspect(demo_model):
     assert (
         facts["loop_memory_bytes"] == 2 * 3 * 2 * 3 * 64 * 2 * 1024
     )  # slots x layers x (K, V) x heads x head size x f16 x cells
-
-
-@pytest.fixture
-def chat(demo_model):
-    opened = []
-
-    def start(*arguments):
-        child = pexpect.spawn(
-            sys.executable,
-            ["-m", "edgeloop.cli", "chat", demo_model, "--temp", "0", *ONE_THREAD, *arguments],
-            encoding="utf-8",
-            timeout=60,
-            cwd="/",
-            dimensions=(40, 200),
-            echo=False,
-        )
-        opened.append(child)
-        return child
-
-    yield start
-    for child in opened:
-        child.close(force=True)
-
-
-def test_chat(chat):
-    child = chat("--loop", "12-14x3")
-    child.expect("loop 12-14x3, 1.20 times the layers")
-    child.expect("> ")
-    child.sendline("What is the capital of France?")
-    child.expect("Paris")
-    child.expect("> ")
-    for line, answer in [
-        ("/loop off", "loop off"),
-        ("/loop 3-4x2:naive,kv=own", "loop 3-4x2:naive,kv=own, 1.07 times the layers, .* more keys and values"),
-        ("/loop 3-4x99", "1 to 64 are possible"),
-        ("/loop", "loop 3-4x2:naive,kv=own"),
-        ("/loop off", "loop off"),
-        ("/sing", "/sing is not a command"),
-        ("/help", "/reset"),
-        ("/reset", "forgotten"),
-    ]:
-        child.sendline(line)
-        child.expect(answer)
-        child.expect("> ")
-    child.sendline("/exit")
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
-
-
-def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
-    child = chat()
-    child.expect("> ")
-    child.sendline("Write a very long story about a dog and a cat, at least two thousand words.")
-    child.expect("Once|In |The |As ")
-    child.sendintr()
-    child.expect("stopped")
-    child.expect("> ")
-    child.sendintr()
-    child.expect("/exit leaves")
-    child.sendline("/loop 12-13x2")
-    child.expect("loop 12-13x2")
-    child.sendline("What is the capital of France?")
-    child.expect("Paris")
-    child.expect("> ")
-    child.sendeof()
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
 
 
 def test_chat_from_a_pipe(demo_model):

@@ -2,7 +2,9 @@
 
 
 class EdgeloopError(Exception):
-    """Base of all of them."""
+    """Base of all of them. `exit_code` is the command line's: 2 where another command would do, 1 for a failure."""
+
+    exit_code = 2
 
 
 class LoopError(EdgeloopError, ValueError):
@@ -11,3 +13,15 @@ class LoopError(EdgeloopError, ValueError):
 
 class ModelError(EdgeloopError, ValueError):
     """A model file is missing, incomplete or not a model."""
+
+
+class HubError(ModelError):
+    """The model hub cannot be reached or does not give a file."""
+
+    exit_code = 1
+
+
+class WriteError(EdgeloopError):
+    """A file cannot be written."""
+
+    exit_code = 1

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
+import shutil
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator
@@ -16,12 +19,18 @@ from llama_cpp._ggml import libggml_base_path
 from llama_cpp._ctypes_extensions import load_shared_library
 
 from edgeloop import log
-from edgeloop.errors import ModelError
+from edgeloop.errors import ModelError, WriteError
 
 MAX_ARRAY = 4096  # longer arrays (the vocabulary) stay in the file
 COPY_CHUNK = 16 << 20
 _MAX_DIMS = 4
 _MAX_NAME = 63  # GGML_MAX_NAME without its terminator
+ALIGNMENT = 32  # of the tensors in a file that is written
+
+_FIRST_PART = re.compile(r"-00001-of-(\d{5})\.gguf$")
+
+# what is true of a file, not of the model in it
+_FILE_KEYS = ("general.alignment", "split.no", "split.count", "split.tensors.count")
 
 _base = load_shared_library("ggml-base", libggml_base_path)
 
@@ -77,6 +86,7 @@ _tensor_ne = _declare("gguf_get_tensor_ne", ctypes.POINTER(_i64), _p, _i64)
 _tensor_type = _declare("gguf_get_tensor_type", ctypes.c_int, _p, _i64)
 _tensor_size = _declare("gguf_get_tensor_size", _size, _p, _i64)
 _set_kv = _declare("gguf_set_kv", None, _p, _p)
+_remove_key = _declare("gguf_remove_key", _i64, _p, _s)
 _set_u32 = _declare("gguf_set_val_u32", None, _p, _s, ctypes.c_uint32)
 _set_str = _declare("gguf_set_val_str", None, _p, _s, _s)
 _set_arr = _declare("gguf_set_arr_data", None, _p, _s, ctypes.c_int, _p, _size)
@@ -98,21 +108,23 @@ class Tensor:
     shape: tuple[int, ...]  # ggml's order: the contiguous dimension first
     type: int
     type_name: str
-    offset: int  # bytes from the start of the file
+    path: Path  # the file that it is in
+    offset: int  # bytes from the start of that file
     size: int  # bytes
 
 
 class GGUFFile:
-    """An open GGUF file. A context manager.
+    """An open GGUF file, with the other parts if the model is split over several. A context manager.
 
     Attributes:
-        metadata: key -> value; arrays longer than 4096 are left out.
-        tensors: in the order of the file.
+        metadata: key -> value of the first part; arrays longer than 4096 are left out.
+        tensors: in the order of the files.
+        paths: all parts, the first one first.
 
-    Raises ModelError when the file is missing, truncated or not GGUF.
+    Raises ModelError when a file is missing, truncated or not GGUF.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, *, part: int = 0):
         self.path = Path(path)
         check_magic(self.path)
         with log.collect_errors() as errors:
@@ -123,11 +135,36 @@ class GGUFFile:
         self.metadata = dict(self._read_metadata())
         start = _data_offset(self._gguf)
         self.tensors = [self._tensor(i, start) for i in range(_n_tensors(self._gguf))]
+        self.paths = [self.path]
+        try:
+            self._check_size()
+            if self.metadata.get("split.no", 0) != part:
+                raise ModelError(
+                    f"{path}: is not the first part of the model; name the one that ends in -00001-of-N.gguf"
+                )
+            if not part and self.metadata.get("split.count", 1) not in (0, 1):
+                self._add_parts(self.metadata["split.count"])
+        except ModelError:
+            self.close()
+            raise
+
+    def _check_size(self) -> None:
         end = max((t.offset + t.size for t in self.tensors), default=0)
         size = self.path.stat().st_size
         if size < end:
-            self.close()
-            raise ModelError(f"{path}: truncated, {end - size:,} of {end:,} bytes are missing; download it again")
+            raise ModelError(f"{self.path}: truncated, {end - size:,} of {end:,} bytes are missing; download it again")
+
+    def _add_parts(self, count: Value) -> None:
+        name = _FIRST_PART.search(self.path.name)
+        if name is None or int(name[1]) != count:
+            raise ModelError(
+                f"{self.path}: is one of {count} parts, which are found by names like -00001-of-00002.gguf"
+            )
+        for part in range(1, count):
+            path = self.path.with_name(f"{self.path.name[: name.start()]}-{part + 1:05d}-of-{count:05d}.gguf")
+            with GGUFFile(path, part=part) as gguf:
+                self.paths.append(path)
+                self.tensors += gguf.tensors
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -167,28 +204,36 @@ class GGUFFile:
             ne.pop()
         offset = start + _tensor_offset(self._gguf, i)
         name = _text(_tensor_name(self._gguf, i))
-        return Tensor(name, tuple(ne), kind, _text(_type_name(kind)), offset, _tensor_size(self._gguf, i))
+        return Tensor(name, tuple(ne), kind, _text(_type_name(kind)), self.path, offset, _tensor_size(self._gguf, i))
 
     def write_copy(
         self,
         out: str | os.PathLike,
         tensors: list[tuple[str, Tensor]],
-        changes: dict[str, int | str | list[int] | list[bool]],
+        changes: dict[str, int | str | list[int] | list[bool] | None],
         progress: Callable[[int, int], None] = lambda done, total: None,
+        *,
+        overwrite: bool = False,
     ) -> None:
-        """Write `tensors` under their new names and the metadata with `changes` to a new file.
+        """Write `tensors` under their new names and the metadata with `changes` to a new file, which holds all parts.
 
         Tensor data is copied bit for bit. The file appears under its name only when it is complete. Integers are
-        written as u32, lists as arrays of i32 or bool. `progress(done, total)` is told bytes.
+        written as u32, lists as arrays of i32 or bool; None removes a key. `progress(done, total)` is told bytes.
+
+        Raises WriteError when the file is there already and `overwrite` is not given, when it is one of those that
+        are read, and when it cannot be written.
         """
         out = Path(out)
         if out.exists():
-            raise ModelError(f"{out}: exists already; it is not overwritten")
+            if any(out.samefile(path) for path in self.paths):
+                raise WriteError(f"{out}: is the file that is read; give another name")
+            if not overwrite:
+                raise WriteError(f"{out}: exists already; --force replaces it")
         gguf = _init_empty()
         ggml = _ggml_init(_GgmlInitParams((len(tensors) + 1) * _tensor_overhead(), None, True))
         try:
             _set_kv(gguf, self._gguf)
-            for key, value in changes.items():
+            for key, value in (dict.fromkeys(_FILE_KEYS) | changes).items():
                 _set_value(gguf, key.encode(), value)
             for name, tensor in tensors:
                 if len(name.encode()) > _MAX_NAME:
@@ -203,29 +248,38 @@ class GGUFFile:
         finally:
             _ggml_free(ggml)
             _free(gguf)
-        self._write(out, meta.raw, [(o, t) for o, (_, t) in zip(offsets, tensors)], progress)
+        try:
+            self._write(out, meta.raw, [(o, t) for o, (_, t) in zip(offsets, tensors)], progress)
+        except OSError as error:
+            raise WriteError(f"{out}: {error.strerror or error}") from error
 
     def _write(self, out: Path, meta: bytes, places: list[tuple[int, Tensor]], progress) -> None:
         total, done = sum(t.size for _, t in places), 0
+        free = shutil.disk_usage(out.parent).free
+        if free < total:
+            raise WriteError(f"{out}: {total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
         handle, part = tempfile.mkstemp(dir=out.parent, prefix=out.name + ".", suffix=".part")
         try:
-            with open(self.path, "rb") as src, os.fdopen(handle, "wb") as dst:
+            with ExitStack() as stack:
+                dst = stack.enter_context(os.fdopen(handle, "wb"))
+                sources = {path: stack.enter_context(open(path, "rb")) for path in self.paths}
                 dst.write(meta)
                 for offset, tensor in places:
+                    src = sources[tensor.path]
                     dst.seek(offset)
                     src.seek(tensor.offset)
                     left = tensor.size
                     while left:
                         chunk = src.read(min(left, COPY_CHUNK))
                         if not chunk:
-                            raise ModelError(f"{self.path}: ended while tensor '{tensor.name}' was read")
+                            raise ModelError(f"{tensor.path}: ended while tensor '{tensor.name}' was read")
                         dst.write(chunk)
                         left -= len(chunk)
                         done += len(chunk)
                         progress(done, total)
                 # the padding after the last tensor belongs to the file
                 end = dst.tell()
-                dst.truncate(end + -end % 32)
+                dst.truncate(end + -end % ALIGNMENT)
             os.chmod(part, 0o644)
             os.replace(part, out)
         except BaseException:
@@ -246,8 +300,10 @@ def check_magic(path: str | os.PathLike) -> None:
         raise ModelError(f"{path}: not a GGUF file")
 
 
-def _set_value(gguf: int, key: bytes, value: int | str | list) -> None:
-    if isinstance(value, str):
+def _set_value(gguf: int, key: bytes, value: int | str | list | None) -> None:
+    if value is None:
+        _remove_key(gguf, key)
+    elif isinstance(value, str):
         _set_str(gguf, key, value.encode())
     elif isinstance(value, list) and isinstance(value[0], bool):
         _set_arr(gguf, key, 7, (ctypes.c_int8 * len(value))(*value), len(value))

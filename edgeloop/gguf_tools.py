@@ -1,4 +1,4 @@
-"""What a model file says about itself, what a loop would cost on it, and the physically repeated model."""
+"""What a model file says about itself, what a loop would cost on it, a loop in its metadata, and the repeated model."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _info(gguf: GGUFFile) -> ModelInfo:
         n_embd=n_embd,
         n_ctx_train=number("context_length", 0),
         n_params=sum(_elements(t) for t in gguf.tensors),
-        file_size=gguf.path.stat().st_size,
+        file_size=sum(path.stat().st_size for path in gguf.paths),
         layer_sizes=tuple(layer_sizes),
         token_bytes=sum(t.size for t in gguf.tensors if t.name not in unread),
         tensor_types=dict(Counter(t.type_name for t in gguf.tensors).most_common()),
@@ -162,18 +162,45 @@ def _elements(tensor: Tensor) -> int:
     return count
 
 
+def tag(
+    path: str | os.PathLike,
+    out: str | os.PathLike,
+    loop: str | Loop,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    overwrite: bool = False,
+) -> Loop:
+    """Write the model with `loop` in its metadata, where loop="auto" finds it, or without one if it is off; return it.
+
+    Tensors are copied bit for bit. `progress(done, total)` is told bytes.
+
+    Raises LoopError when the loop does not fit the model, WriteError when `out` is there already or cannot be written.
+    """
+    with GGUFFile(path) as gguf:
+        wanted = Loop.parse(loop)
+        if wanted.is_auto:
+            raise LoopError("auto is looked up when a model is loaded; name the loop itself, for example 12-20x3")
+        loop = wanted.resolve(_info(gguf).n_layer)
+        changes = {METADATA_KEY: str(loop) if loop else None}
+        gguf.write_copy(out, [(t.name, t) for t in gguf.tensors], changes, progress, overwrite=overwrite)
+        return loop
+
+
 def export(
     path: str | os.PathLike,
     out: str | os.PathLike,
     loop: str | Loop,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    overwrite: bool = False,
 ) -> list[int]:
     """Write the model with the span's layers physically repeated, for programs without a loop; return their order.
 
     Only naive loops can be written: damping needs the states of the passes. The result behaves as naive with kv=own.
-    Tensors are copied bit for bit; `out` must not exist. `progress(done, total)` is told bytes.
+    Tensors are copied bit for bit. `progress(done, total)` is told bytes.
 
-    Raises LoopError for another solver, ModelError for an architecture whose layers depend on their number.
+    Raises LoopError for another solver, ModelError for an architecture whose layers depend on their number, WriteError
+    when `out` is there already or cannot be written.
     """
     with GGUFFile(path) as gguf:
         info = _info(gguf)
@@ -193,7 +220,7 @@ def export(
             )
 
         prefix = f"{info.architecture}."
-        changes: dict[str, int | str | list] = {f"{prefix}block_count": len(order)}
+        changes: dict[str, int | str | list | None] = {f"{prefix}block_count": len(order), METADATA_KEY: None}
         for key in _PER_LAYER:
             value = gguf.metadata.get(prefix + key)
             if isinstance(value, list) and len(value) >= info.n_layer:
@@ -213,5 +240,5 @@ def export(
             else:
                 others.append((tensor.name, tensor))
         repeated = [(f"blk.{new}.{name}", tensor) for new, il in enumerate(order) for name, tensor in by_layer[il]]
-        gguf.write_copy(out, others + repeated, changes, progress)
+        gguf.write_copy(out, others + repeated, changes, progress, overwrite=overwrite)
         return order

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from edgeloop.cli.console import note
+from edgeloop.cli.console import note, spinner
 from edgeloop.errors import ModelError
 
 DEFAULT_CTX = 8192  # or the model's, if that is smaller: its K/V must fit a laptop
 
-MODEL_HELP = "GGUF file; the demo model if left out."
+MODEL_HELP = "GGUF file, or USER/REPO[:QUANT] on the Hugging Face hub; the demo model if left out."
 
 
 def _option(*names: str, help: str, **kwargs: Any) -> Any:
@@ -56,17 +57,23 @@ Rpc = Annotated[
         "--rpc", help="Offload to these RPC servers, HOST:PORT[,HOST:PORT...].", metavar="LIST", show_default=False
     ),
 ]
+Mmproj = Annotated[
+    Optional[str],
+    _option("--mmproj", help="Vision part of the model, a GGUF file.", metavar="FILE", show_default=False),
+]
 Offline = Annotated[bool, _option("--offline", help="Never use the network.")]
 Verbose = Annotated[bool, _option("-v", "--verbose", help="Show llama.cpp's log.")]
 
 
 def model_path(model: str | None, flag: str | None, offline: bool) -> Path:
-    """The local file that MODEL or -m means."""
+    """The local file that MODEL or -m means, fetched if need be."""
+    from edgeloop.cli.display import Progress
     from edgeloop.hub import resolve_model
 
     if model and flag and model != flag:
         raise ModelError(f"two models are given, {model} and -m {flag}; name one")
-    return resolve_model(model or flag, offline=offline, say=note)
+    with Progress() as progress:
+        return resolve_model(model or flag, offline=offline, say=note, progress=progress)
 
 
 def load(
@@ -79,8 +86,10 @@ def load(
     seed: int,
     rpc: str | None,
     verbose: bool,
+    mmproj: str | None = None,
+    kind: type | None = None,
 ):
-    """An edgeloop.Llama from the shared options."""
+    """An edgeloop.Llama, or a `kind` of one, from the shared options."""
     from edgeloop.gguf_tools import inspect
     from edgeloop.llama import Llama
     from edgeloop.loop import Loop
@@ -93,16 +102,21 @@ def load(
 
         add_servers(rpc)
     threads = threads or physical_cores()
-    llm = Llama(
-        str(path),
-        loop=wanted,
-        n_ctx=ctx_size,
-        n_threads=threads,
-        n_threads_batch=threads,
-        n_gpu_layers=gpu_layers,
-        seed=seed if seed >= 0 else 0xFFFFFFFF,
-        verbose=verbose,
-    )
+    with nullcontext() if verbose else spinner(lambda: f"loading {path.name}"):
+        llm = (kind or Llama)(
+            str(path),
+            loop=wanted,
+            n_ctx=ctx_size,
+            n_threads=threads,
+            n_threads_batch=threads,
+            n_gpu_layers=gpu_layers,
+            seed=seed if seed >= 0 else 0xFFFFFFFF,
+            verbose=verbose,
+        )
+        if mmproj:
+            from edgeloop.vision import Vision
+
+            llm.chat_handler = Vision(llm, mmproj)
     if wanted.is_auto:
         from edgeloop.recipes import choose
 

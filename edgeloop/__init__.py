@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 # name -> module; imported on first use, so that `edgeloop --help` stays quick
 _PUBLIC = {
+    "AsyncLlama": "edgeloop.aio",
     "Llama": "edgeloop.llama",
     "Loop": "edgeloop.loop",
     "LoopError": "edgeloop.errors",

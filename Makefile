@@ -4,10 +4,12 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 LOOP   ?= 12-14x3
+# a fixed version: the range of pyproject.toml would pull the newest build
+TORCH  ?= torch==2.13.0
 SOURCES := pyproject.toml CMakeLists.txt cmake/upstream.py $(wildcard patches/*) $(wildcard native/*) \
-           $(shell find edgeloop -name '*.py' -not -path '*/_vendor/*')
+           $(shell find edgeloop -name '*.py' -not -path '*/_vendor/*') $(shell find edgeloop/web -type f)
 
-.PHONY: chat test test-slow architectures architectures-check wheel clean
+.PHONY: chat test test-slow test-transformers test-vulkan test-web architectures architectures-check docs docs-check wheel clean
 
 ## talk to the demo model; PROMPT="..." answers once and exits; MODEL=file.gguf LOOP=12-20x3 for others
 chat: $(VENV)/.installed
@@ -19,11 +21,39 @@ test: $(VENV)/.installed-test
 
 ## the tests that take minutes
 test-slow: $(VENV)/.installed-test
-	EDGELOOP_WHEEL="$$(ls $(CURDIR)/build/wheel/*.whl)" $(BIN)/pytest -m slow -o addopts="-ra --strict-markers" --timeout 3000
+	EDGELOOP_WHEEL="$$(ls $(CURDIR)/build/wheel/*.whl)" PATH="$(abspath $(BIN)):$$PATH" \
+		$(BIN)/pytest -m slow -o addopts="-ra --strict-markers" --timeout 3000
+
+## the loop against Hugging Face transformers; installs torch first (TORCH=... for another build)
+test-transformers: $(VENV)/.installed-test
+	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install -q --disable-pip-version-check --group transformers
+	EDGELOOP_WHEEL="$$(ls $(CURDIR)/build/wheel/*.whl)" $(BIN)/pytest tests/test_transformers.py
+
+## the GPU's tests on a Vulkan build: on the first device there is, which may be Mesa's software one.
+## Debian 13: apt install libvulkan-dev glslc spirv-headers mesa-vulkan-drivers
+test-vulkan: $(VENV)/.tools
+	rm -f build/vulkan/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation \
+		-C cmake.define.GGML_VULKAN=ON -C build-dir=build/vulkan/cmake -w build/vulkan .
+	$(PYTHON) -m venv --without-pip build/vulkan/venv
+	$(BIN)/pip --python build/vulkan/venv install -q --disable-pip-version-check build/vulkan/*.whl --group test
+	GGML_VK_VISIBLE_DEVICES=0 build/vulkan/venv/bin/pytest tests/test_gpu.py
+
+## the page of `edgeloop serve` in a real browser; Debian: apt install chromium
+test-web: $(VENV)/.installed-test
+	$(BIN)/pip install -q --disable-pip-version-check --group web
+	$(BIN)/pytest tests/test_web.py
 
 ## loop every architecture of upstream's own test and write docs/architectures.md (ten minutes); -check fails when it is stale
 architectures architectures-check: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/architectures.py $(if $(findstring check,$@),--check)
+
+## the documentation in build/docs; -check fails when a generated part of it is stale
+docs docs-check: $(VENV)/.installed
+	cd / && $(abspath $(BIN))/python $(CURDIR)/scripts/docs.py $(if $(findstring check,$@),--check)
+	$(BIN)/pip install -q --disable-pip-version-check --group docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -d build/docs
 
 ## a wheel in dist/
 wheel: $(VENV)/.installed
@@ -49,5 +79,5 @@ $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/pip install -q --disable-pip-version-check --group test
+	$(BIN)/pip install -q --disable-pip-version-check --group test "$$(ls build/wheel/*.whl)[server]"
 	@touch $@

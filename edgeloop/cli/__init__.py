@@ -12,7 +12,7 @@ import sys
 import typer
 
 from edgeloop import __version__
-from edgeloop.cli import chat, env, inspect, run
+from edgeloop.cli import chat, config, doctor, env, inspect, models, recipes, run, rys, serve, tag
 from edgeloop.cli.console import error
 from edgeloop.errors import EdgeloopError
 
@@ -28,6 +28,16 @@ app.command("chat")(chat.chat)
 app.command("run")(run.run)
 app.command("inspect")(inspect.inspect)
 app.command("env")(env.env)
+app.command("config")(config.config)
+app.command("doctor")(doctor.doctor)
+app.command("serve")(serve.serve)
+app.command("pull")(models.pull)
+app.command("list")(models.list_)
+app.command("rm")(models.rm)
+app.command("recipes")(recipes.recipes)
+app.command("tag")(tag.tag)
+app.command("export")(tag.export)
+app.command("rys")(rys.rys)
 
 
 def _version(value: bool) -> None:
@@ -52,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = command.main(args=arguments, prog_name="edgeloop", standalone_mode=False)
     except EdgeloopError as problem:
         error(str(problem))
-        code = 2
+        code = problem.exit_code
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:

@@ -10,9 +10,9 @@ order in which they were first awaited, and frees the model; besides it llama.cp
 else touches the model: what is not offered here is called through `run`. The methods belong to the thread of an event
 loop, also to different ones in turn. Several AsyncLlama are independent.
 
-Stopping. A request stops when its task is cancelled, its `async for` is left or its stream closed, or the model closed: before the
-next token, and amid a prompt or a token at the next operation on backends that can be interrupted (CPU, Metal), else
-after the n_batch tokens in work. What was evaluated until then is kept for the next prompt that begins alike.
+Stopping. A request stops when its task is cancelled, its `async for` is left, its stream closed, or the model closed:
+before the next token, and amid a prompt or a token at the next operation on backends that can be interrupted (CPU,
+Metal), elsewhere after the batch in work. The whole batches until then are kept for the next prompt that begins alike.
 
 It prints nothing and uses no network. A stream is at most `buffer` pieces ahead of its reader; then the compute thread
 waits, and with it all requests behind, so read streams to their end or leave them.
@@ -249,7 +249,11 @@ class _StoppableLlama(Llama):
     def eval(self, tokens: Sequence[int]) -> None:
         if self._flag:
             raise _Stopped
-        super().eval(tokens)
+        try:
+            super().eval(tokens)
+        except RuntimeError:
+            self._requires_eval = True  # the logits of what was evaluated before are gone
+            raise
 
     def embed(self, *args: Any, **kwargs: Any) -> list:
         self.reset()  # it clears the memory: no prompt is there any more, also if it is stopped
@@ -274,8 +278,8 @@ _ggml.ggml_set_no_alloc.restype, _ggml.ggml_set_no_alloc.argtypes = None, [ctype
 class _Flag:
     """A flag that llama.cpp reads before every operation without waiting for Python's interpreter lock.
 
-    A callback in Python would stall behind a busy user interface thousands of times a second. In ggml a setter and a
-    getter with the signature of the callback exist, for a context's "no_alloc", which means nothing for an empty one.
+    A callback in Python would have to wait for it hundreds of times a token, 5 ms each while another thread is busy. ggml
+    has a getter with the signature of the callback, and its setter, for a context's "no_alloc"; an empty one has no other use for that.
     """
 
     callback = ctypes.cast(_ggml.ggml_get_no_alloc, llama_cpp.ggml_abort_callback)

@@ -16,6 +16,15 @@ def pytest_report_header():
     return f"edgeloop {edgeloop.__version__} at {os.path.dirname(edgeloop.__file__)}, llama_cpp {llama_cpp.__version__}"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(tmp_path_factory):
+    """Not the source folder: programs that a test starts there would import its edgeloop, which has no libraries."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("cwd"))
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
     for name in list(os.environ):

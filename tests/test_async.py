@@ -266,6 +266,25 @@ def test_what_an_interruption_leaves_is_right(memory, tmp_path):
     run(path, test, loop=loop, **options)
 
 
+def test_asking_again_after_the_first_word(demo_model):
+    """The prompt is evaluated, its logits are not there any more."""
+
+    async def test(llm):
+        options = {"prompt": PROMPT, "max_tokens": 8, **GREEDY}
+        expected = (await llm.create_completion(**options))["choices"]
+        n_prompt = await llm.run(lambda llama: len(llama.tokenize(PROMPT.encode())))
+        n_exact = 0
+        for _ in range(20):
+            await llm.run(lambda llama: llama.reset())
+            async for _ in await llm.create_completion(stream=True, **options):
+                break
+            n_exact += await llm.run(lambda llama: llama.n_tokens) == n_prompt
+            assert (await llm.create_completion(**options))["choices"] == expected
+        assert n_exact
+
+    run(demo_model, test)
+
+
 def test_a_stopped_embedding_leaves_no_prompt_behind(demo_model):
     """embed clears the memory; what was evaluated before must not be taken for still there."""
 

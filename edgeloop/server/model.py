@@ -35,6 +35,8 @@ class ServerLlama(_StoppableLlama):
     def __init__(self, model_path: str, **kwargs: Any):
         super().__init__(model_path, **kwargs)
         self.info = inspect(model_path)
+        # llama.cpp rounds the context up, llama-cpp-python has an array for what was asked for
+        self.input_ids = np.zeros(self.n_ctx(), dtype=np.intc)
 
     def use(self, loop: Loop) -> None:
         """Sets a loop. Raises LoopError, also where the memory for its keys and values is not there."""

@@ -42,6 +42,9 @@ int32_t llama_loop_slots::reserve(
     // every slot lives where the layer's first pass lives
     std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctx_map;
 
+    // a model that is loaded only to measure it has dummy buffers, and must get no others
+    bool is_dummy = false;
+
     for (const auto & [il, pass] : wanted) {
         llama_loop_slot slot = { il, pass, {}, {} };
 
@@ -51,6 +54,8 @@ int32_t llama_loop_slots::reserve(
                 slot.data.push_back(nullptr);
                 continue;
             }
+
+            is_dummy = ggml_backend_buffer_get_size(t->buffer) == 0;
 
             auto & ctx = ctx_map[ggml_backend_buffer_get_type(t->buffer)];
             if (!ctx) {
@@ -76,7 +81,15 @@ int32_t llama_loop_slots::reserve(
     }
 
     for (auto & [buft, ctx] : ctx_map) {
-        ggml_backend_buffer_t buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft);
+        ggml_backend_buffer_t buf;
+        if (is_dummy) {
+            buf = ggml_backend_buft_alloc_buffer(buft, 0);
+            for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); buf && t; t = ggml_get_next_tensor(ctx.get(), t)) {
+                t->buffer = buf;
+            }
+        } else {
+            buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft);
+        }
         if (!buf) {
             slots_next.clear();
             ctxs_bufs_next.clear();

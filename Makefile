@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 SOURCES := pyproject.toml CMakeLists.txt cmake/upstream.py $(wildcard patches/*) $(wildcard native/*) \
            $(shell find edgeloop -name '*.py' -not -path '*/_vendor/*') $(shell find edgeloop/web -type f)
 
-.PHONY: chat test test-slow test-transformers test-vulkan test-web architectures architectures-check docs docs-check wheel clean
+.PHONY: chat test test-slow test-transformers test-vulkan test-web test-embedding architectures architectures-check docs docs-check wheel clean
 
 ## talk to the demo model; PROMPT="..." answers once and exits; MODEL=file.gguf LOOP=12-20x3 for others
 chat: $(VENV)/.installed
@@ -44,6 +44,11 @@ test-vulkan: $(VENV)/.tools
 test-web: $(VENV)/.installed-test
 	$(BIN)/pip install -q --disable-pip-version-check --group web
 	$(BIN)/pytest tests/test_web.py
+
+## the examples, one of them frozen by PyInstaller (two minutes); Debian: apt install xvfb for the desktop window
+test-embedding: $(VENV)/.installed-test
+	$(BIN)/pip install -q --disable-pip-version-check --group embedding
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest tests/test_embedding.py tests/test_examples.py
 
 ## loop every architecture of upstream's own test and write docs/architectures.md (ten minutes); -check fails when it is stale
 architectures architectures-check: $(VENV)/.installed

@@ -1,6 +1,6 @@
 """Layers on other machines: servers that run `ggml-rpc-server` become devices, to which -ngl offloads.
 
-Weights and K/V of an offloaded layer live on its server; one hidden state per token and boundary travels. The protocol
+Weights and K/V of an offloaded layer live on its server; a few hidden states per token and border travel. The protocol
 has no encryption and no password: use it in a network that you trust.
 """
 

@@ -266,23 +266,28 @@ def test_what_an_interruption_leaves_is_right(memory, tmp_path):
     run(path, test, loop=loop, **options)
 
 
-def test_asking_again_after_the_first_word(demo_model):
-    """The prompt is evaluated, its logits are not there any more."""
+def test_asking_again_after_the_first_token(tmp_path):
+    """The whole prompt is evaluated, but the logits behind it are gone with the token that was interrupted."""
+    path = tmp_path / "model.gguf"
+    tiny_more.write_lfm2(path, n_layer=96)  # so deep that the second token takes a while
+    prompt = [5 + 7 * i % 240 for i in range(20)]
+
+    def tokens(llama):
+        return list(islice(llama.generate(prompt, temp=0), 8))
 
     async def test(llm):
-        options = {"prompt": PROMPT, "max_tokens": 8, **GREEDY}
-        expected = (await llm.create_completion(**options))["choices"]
-        n_prompt = await llm.run(lambda llama: len(llama.tokenize(PROMPT.encode())))
+        expected = await llm.run(tokens)
         n_exact = 0
         for _ in range(20):
             await llm.run(lambda llama: llama.reset())
-            async for _ in await llm.create_completion(stream=True, **options):
-                break
-            n_exact += await llm.run(lambda llama: llama.n_tokens) == n_prompt
-            assert (await llm.create_completion(**options))["choices"] == expected
+            stream = llm._stream(None, lambda llama: llama.generate(prompt, temp=0))
+            assert await anext(stream) == expected[0]
+            await stream.aclose()
+            n_exact += await llm.run(lambda llama: llama.n_tokens) == len(prompt)
+            assert await llm.run(tokens) == expected
         assert n_exact
 
-    run(demo_model, test)
+    run(path, test, loop="1-94x3")
 
 
 def test_a_stopped_embedding_leaves_no_prompt_behind(demo_model):

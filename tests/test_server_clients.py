@@ -177,7 +177,17 @@ def test_schemathesis(tiny_llama):
     program = shutil.which("schemathesis", path=str(Path(sys.executable).parent))
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     with running(tiny_llama, n_ctx=256) as server:
-        command = [program, "run", f"{server.url}/openapi.json", "--checks", checks, "--max-examples", "40", "--seed", "1"]
+        command = [
+            program,
+            "run",
+            f"{server.url}/openapi.json",
+            "--checks",
+            checks,
+            "--max-examples",
+            "20",
+            "--seed",
+            "1",
+        ]
         command += ["--phases", "examples,coverage,fuzzing", "--request-timeout", "60", "--no-color"]
         done = subprocess.run(command, capture_output=True, text=True, cwd="/")
         assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -106,12 +106,18 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     500: {"model": t.Error, "description": "The engine failed."},
     503: {"model": t.Error, "description": "Too many requests are waiting, or the server is stopping."},
 }
-STREAM = {"text/event-stream": {"schema": {"type": "string", "description": "With stream: chunks, and [DONE]."}}}
+EVENT = {
+    "type": "object",
+    "description": "With stream: server-sent events.",
+    "properties": {"data": {"type": "string", "description": "A chunk in JSON, at the end [DONE]."}},
+    "required": ["data"],
+}
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 
 router = APIRouter(responses=ERRORS)
 
 
-@router.post("/v1/chat/completions", response_model=t.ChatCompletion, responses={200: {"content": STREAM}})
+@router.post("/v1/chat/completions", response_model=t.ChatCompletion, responses=STREAM)
 async def chat_completions(request: Request, body: t.ChatRequest, service: Uses) -> Response:
     def work(llm: ServerLlama, usage: Usage) -> Generator[Piece, None, None]:
         return complete_chat(llm, body, usage)
@@ -121,7 +127,7 @@ async def chat_completions(request: Request, body: t.ChatRequest, service: Uses)
     return await service.answer(request, job, answer, body.stream)
 
 
-@router.post("/v1/completions", response_model=t.Completion, responses={200: {"content": STREAM}})
+@router.post("/v1/completions", response_model=t.Completion, responses=STREAM)
 async def completions(request: Request, body: t.CompletionRequest, service: Uses) -> Response:
     def work(llm: ServerLlama, usage: Usage) -> Generator[Piece, None, None]:
         return complete_text(llm, body, usage)

@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 SOURCES := pyproject.toml CMakeLists.txt cmake/upstream.py $(wildcard patches/*) $(wildcard native/*) \
            $(shell find edgeloop -name '*.py' -not -path '*/_vendor/*') $(shell find edgeloop/web -type f)
 
-.PHONY: chat test test-slow test-transformers test-vulkan test-web test-embedding architectures architectures-check docs docs-check wheel clean
+.PHONY: chat test test-slow test-transformers test-vulkan test-web test-clients test-embedding architectures architectures-check docs docs-check wheel clean
 
 ## talk to the demo model; PROMPT="..." answers once and exits; MODEL=file.gguf LOOP=12-20x3 for others
 chat: $(VENV)/.installed
@@ -44,6 +44,11 @@ test-vulkan: $(VENV)/.tools
 test-web: $(VENV)/.installed-test
 	$(BIN)/pip install -q --disable-pip-version-check --group web
 	$(BIN)/pytest tests/test_web.py
+
+## openai, LangChain, LlamaIndex, llm and a schema checker against `edgeloop serve`
+test-clients: $(VENV)/.installed-test
+	$(BIN)/pip install -q --disable-pip-version-check --group clients
+	$(BIN)/pytest tests/test_server_clients.py
 
 ## the examples, one of them frozen by PyInstaller (two minutes); Debian: apt install xvfb for the desktop window
 test-embedding: $(VENV)/.installed-test

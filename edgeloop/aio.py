@@ -63,7 +63,7 @@ class AsyncLlama:
         self._options = options
         self._buffer = buffer
         self._loop = Loop.parse(loop)
-        self._llm: _StoppableLlama | None = None
+        self._llm: StoppableLlama | None = None
         self._requests: set[_Request] = set()
 
     async def __aenter__(self) -> AsyncLlama:
@@ -78,7 +78,7 @@ class AsyncLlama:
         if self._llm:
             raise EdgeloopError(f"{self._path}: is open already")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="edgeloop")
-        load = self._thread.submit(_StoppableLlama, self._path, loop=self._loop, **self._options)
+        load = self._thread.submit(StoppableLlama, self._path, loop=self._loop, **self._options)
         self._llm = await asyncio.wrap_future(load)
         self._loop = self._llm.loop
 
@@ -169,7 +169,7 @@ class AsyncLlama:
             request.stop()
             self._requests.discard(request)
 
-    def _opened(self) -> _StoppableLlama:
+    def _opened(self) -> StoppableLlama:
         if not self._llm:
             raise EdgeloopError(f"{self._path}: is not open; use `async with` or await open() first")
         return self._llm
@@ -189,7 +189,7 @@ class _Request:
     def __init__(self, make: Callable[[Llama], Iterator], loop: Any, buffer: int):
         self._make = make
         self._loop = loop
-        self._flag = _Flag()
+        self._flag = StopFlag()
         self._room = threading.Semaphore(buffer)
         self._queue: asyncio.Queue = asyncio.Queue()
         self._reader = asyncio.get_running_loop()
@@ -205,7 +205,7 @@ class _Request:
         self._flag.set()
         self._room.release()  # for a compute thread that waits in serve
 
-    def serve(self, llm: _StoppableLlama) -> None:
+    def serve(self, llm: StoppableLlama) -> None:
         """In the compute thread: make the items and send them."""
         try:
             with log.collect_errors(), llm.stopped_by(self._flag):
@@ -227,16 +227,16 @@ class _Request:
             self._reader.call_soon_threadsafe(self._queue.put_nowait, (item, error))
 
 
-class _StoppableLlama(Llama):
+class StoppableLlama(Llama):
     """A Llama that another thread can stop through a flag; what it was doing then fails, with one error or another.
 
     Half a batch harms nothing: llama.cpp forgets it, and llama-cpp-python starts again where a memory cannot go back.
     """
 
-    _flag: _Flag | None = None
+    _flag: StopFlag | None = None
 
     @contextmanager
-    def stopped_by(self, flag: _Flag) -> Iterator[None]:
+    def stopped_by(self, flag: StopFlag) -> Iterator[None]:
         flag.check()
         self._flag = flag
         llama_cpp.llama_set_abort_callback(self.ctx, flag.callback, flag.address)
@@ -275,7 +275,7 @@ _ggml.ggml_get_no_alloc.restype, _ggml.ggml_get_no_alloc.argtypes = ctypes.c_boo
 _ggml.ggml_set_no_alloc.restype, _ggml.ggml_set_no_alloc.argtypes = None, [ctypes.c_void_p, ctypes.c_bool]
 
 
-class _Flag:
+class StopFlag:
     """A flag that llama.cpp reads before every operation without waiting for Python's interpreter lock.
 
     A callback in Python would have to wait for it hundreds of times a token, 5 ms each while another thread is busy. ggml

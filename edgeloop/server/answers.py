@@ -55,7 +55,11 @@ class Answer:
 class CompletionAnswer(Answer):
     id_prefix = "cmpl"
     object_whole = object_chunk = "text_completion"
-    _offset = 0
+
+    def __init__(self, model: str, job: Job, include_usage: bool = False, offset: int = 0):
+        """`offset`: characters before the answer, for logprobs."""
+        super().__init__(model, job, include_usage)
+        self._offset = offset
 
     def _choice(self, pieces: list[Piece]) -> Json:
         choices = [choice for piece in pieces for choice in self._chunk_choices(piece)]

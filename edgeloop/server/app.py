@@ -133,7 +133,7 @@ async def completions(request: Request, body: t.CompletionRequest, service: Uses
         return complete_text(llm, body, usage)
 
     job = service.engine.submit(work, service.resolve(body.loop)[0])
-    answer = CompletionAnswer(service.name, job, body.include_usage)
+    answer = CompletionAnswer(service.name, job, body.include_usage, offset=len(body.text or ""))
     return await service.answer(request, job, answer, body.stream)
 
 

@@ -159,6 +159,7 @@ def _call(text: str) -> dict[str, Any] | None:
     call = _parsed(text)
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return None
-    arguments = json.dumps(call.get("arguments", {}), ensure_ascii=False)
-    function = {"name": call["name"], "arguments": arguments}
+    arguments = call.get("arguments", {})
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    function = {"name": call["name"], "arguments": text}
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}

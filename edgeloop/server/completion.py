@@ -42,12 +42,12 @@ class Piece:
 
 def complete_text(llm: ServerLlama, body: CompletionRequest, usage: Usage) -> Generator[Piece, None, None]:
     """Yields the continuation of a text, after the text itself with `echo`."""
-    match body.prompt:
-        case str(text) | [str(text)]:
-            tokens = llm.tokenize(text.encode(), special=True)
-        case tokens:
-            check_tokens(llm, tokens, "prompt")
-            text = llm.detokenize(tokens).decode("utf-8", "replace")
+    text = body.text
+    if text is None:
+        tokens = check_tokens(llm, body.prompt, "prompt")
+        text = llm.detokenize(tokens).decode("utf-8", "replace")
+    else:
+        tokens = llm.tokenize(text.encode(), special=True)
     pieces = complete(llm, tokens, body, usage, max_tokens=body.max_tokens, n_top=body.logprobs)
     first = next(pieces)  # fails before anything is sent
     if body.echo:
@@ -212,10 +212,10 @@ class StopStrings:
 
     def feed(self, text: str) -> str:
         text = self._held + text
-        places = [at for string in self._strings if (at := text.find(string)) >= 0]
-        if places:
+        found = [(at + len(string), at) for string in self._strings if (at := text.find(string)) >= 0]
+        if found:  # the one that is complete first
             self.found, self._held = True, ""
-            return text[: min(places)]
+            return text[: min(found)[1]]
         held = max((overlap(text, string) for string in self._strings), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

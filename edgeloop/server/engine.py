@@ -14,7 +14,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from edgeloop import log
-from edgeloop.aio import _Flag
+from edgeloop.aio import StopFlag
 from edgeloop.errors import LoopError
 from edgeloop.loop import Loop
 from edgeloop.server.errors import RequestError, Stopped
@@ -50,7 +50,7 @@ class Job:
         self._event_loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[Any] = asyncio.Queue()
         self._room = threading.Semaphore(MAX_UNREAD)
-        self._flag = _Flag()
+        self._flag = StopFlag()
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         """The pieces of the answer. Raises what the work raised, Stopped after `cancel`."""

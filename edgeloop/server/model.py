@@ -11,16 +11,16 @@ import numpy as np
 import psutil
 
 from edgeloop import native
-from edgeloop.aio import _StoppableLlama
-from edgeloop.errors import LoopError
+from edgeloop.aio import StoppableLlama
+from edgeloop.errors import LoopError, ModelError
 from edgeloop.gguf_tools import inspect
 from edgeloop.llama import Llama
 from edgeloop.loop import Loop
 from edgeloop.server.errors import RequestError
 
 
-class ServerLlama(_StoppableLlama):
-    """A Llama for untrusted requests.
+class ServerLlama(StoppableLlama):
+    """A Llama for untrusted requests. Raises ModelError for an encoder with a decoder.
 
     Attributes:
         info: what the file says, see gguf_tools.
@@ -34,6 +34,8 @@ class ServerLlama(_StoppableLlama):
 
     def __init__(self, model_path: str, **kwargs: Any):
         super().__init__(model_path, **kwargs)
+        if llama_cpp.llama_model_has_encoder(self.model) and llama_cpp.llama_model_has_decoder(self.model):
+            raise ModelError(f"{model_path}: has an encoder and a decoder, which llama-cpp-python cannot run together")
         self.info = inspect(model_path)
         # llama.cpp rounds the context up, llama-cpp-python has an array for what was asked for
         self.input_ids = np.zeros(self.n_ctx(), dtype=np.intc)
@@ -79,8 +81,8 @@ class ServerLlama(_StoppableLlama):
 
     @property
     def can_generate(self) -> bool:
-        """Not a model for embeddings only, nor one with an encoder and a decoder, which llama-cpp-python cannot run."""
-        return bool(llama_cpp.llama_get_memory(self.ctx)) and not llama_cpp.llama_model_has_encoder(self.model)
+        """Not a model for embeddings only, which has no memory of its tokens."""
+        return llama_cpp.llama_get_memory(self.ctx) is not None
 
     def embedding(self, text: str) -> tuple[np.ndarray, int]:
         """The unit vector of a text, shape (n_embd,), and its number of tokens.

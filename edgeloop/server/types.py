@@ -80,9 +80,17 @@ class CompletionRequest(SamplingFields, upstream.CreateCompletionRequest):
             raise ValueError("suffix is not possible; write the model's own fill-in-the-middle tokens into the prompt")
         if self.echo and self.logprobs is not None:
             raise ValueError("echo and logprobs are not possible together")
-        if isinstance(self.prompt, list) and len(self.prompt) != 1 and not all(type(t) is int for t in self.prompt):
+        if self.text is None and any(isinstance(part, str) for part in self.prompt):
             raise ValueError("prompt must be one text; send a request for each")
         return self
+
+    @property
+    def text(self) -> Optional[str]:
+        """The prompt; None if it is tokens."""
+        match self.prompt:
+            case str(text) | [str(text)]:
+                return text
+        return None
 
 
 class Function(BaseModel):
